@@ -1,0 +1,110 @@
+"""What travels through the loop. No torch here: these types are read by every floor.
+
+A worked example, two samples for one prompt of three tokens::
+
+    prompt = Prompt(index=7, input_ids=[5, 9, 2], label="4")
+    Sample(prompt, index=0, response_ids=[8, 4, 1], log_mu=[-.2, -1.1, -.1], weight_versions=[3, 3, 4], ...)
+    Sample(prompt, index=1, response_ids=[1],       log_mu=[-2.3],           weight_versions=[4], ...)
+
+Token ``response_ids[t]`` was sampled by the weights ``weight_versions[t]`` with log-probability ``log_mu[t]``. The
+first sample began under policy version 3 and ended under version 4; trained at policy version 6 its staleness is 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+
+FINISH_STOP = "stop"
+FINISH_LENGTH = "length"
+FINISH_ABORT = "abort"
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One prompt as it was drawn from the prompt stream.
+
+    Attributes:
+        index: Position in the endless prompt stream; the order of admission, unique within a run.
+        input_ids: Token ids, shape [P], P >= 1.
+        label: What the reward function compares with (the ground truth), often the answer.
+        metadata: Whatever else the data file said of this prompt; JSON-like values.
+    """
+
+    index: int
+    input_ids: IntArray
+    label: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response to a prompt, by the behaviour policy mu.
+
+    Attributes:
+        prompt: The prompt answered.
+        index: Number of this response within its group, from 0.
+        response_ids: Sampled token ids, shape [R]; R may be 0. A stop token that was sampled is part of it.
+        log_mu: Log-probability (nats) of each token under the distribution it was really sampled from, temperature
+            included, shape [R], float32.
+        weight_versions: Policy version that sampled each token, shape [R].
+        finish_reason: ``stop``, ``length`` or ``abort``.
+        text: The response as text, special tokens kept; for rewards and people, never tokenised again.
+        reward: Score of the response.
+        advantage: Set by ``algorithms.advantages`` once the group is complete.
+    """
+
+    prompt: Prompt
+    index: int
+    response_ids: IntArray
+    log_mu: FloatArray
+    weight_versions: IntArray
+    finish_reason: str
+    text: str = ""
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """How error messages and logs call this sample: prompt index and number in its group."""
+        return f"{self.prompt.index}/{self.index}"
+
+    @property
+    def total_length(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt.input_ids) + len(self.response_ids)
+
+    def staleness(self, policy_version: int) -> int:
+        """Optimizer steps between the oldest weights that sampled a token of it and ``policy_version``."""
+        return policy_version - int(self.weight_versions.min()) if len(self.weight_versions) else 0
+
+
+@dataclass(slots=True)
+class SampleGroup:
+    """All samples of one prompt; the unit of admission, buffering and advantage estimation."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands. Everything the loop needs to go on, besides weights and optimizer state.
+
+    Attributes:
+        step: Rollout batches trained on.
+        policy_version: Optimizer steps taken; version 0 is the starting policy.
+        samples: Samples trained on.
+        tokens: Prompt and response tokens trained on.
+    """
+
+    step: int = 0
+    policy_version: int = 0
+    samples: int = 0
+    tokens: int = 0

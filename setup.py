@@ -1,0 +1,35 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-vespo",
+    version="0.1.0",
+    description="Reinforcement learning of mixture-of-experts language models with Megatron-Core, SGLang and VESPO",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_vespo", "megatron_vespo.*"]),
+    # Exact versions are in constraints.txt; here stands only what the code needs.
+    install_requires=[
+        "torch",
+        "megatron-core==0.19.2",
+        "transformers>=5",
+        "safetensors",
+        "sentencepiece",
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "httpx",
+        "msgspec",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "sglang": ["sglang==0.5.23"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "psutil"],
+    },
+    entry_points={
+        # SGLang loads this only when the environment says SGLANG_PLATFORM=megatron_vespo_cpu.
+        "sglang.srt.platforms": ["megatron_vespo_cpu = megatron_vespo.sglang_cpu.platform:activate"],
+    },
+)

@@ -1,0 +1,358 @@
+"""Typed, validated configuration: a YAML file plus ``section.key=value`` overrides. No torch here.
+
+Three sections are not ours: ``megatron:`` takes any field of Megatron-Core's TransformerConfig, OptimizerConfig and
+DistributedDataParallelConfig, ``sglang:`` any SGLang server argument, each under upstream's own name; and the model's
+architecture is read from the Hugging Face ``config.json``, never typed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_vespo.errors import UserError
+from megatron_vespo.upstream import megatron_fields, nearest
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors; the docstring of a field is its help text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """The run and its folder, ``<folder>/<name>``."""
+
+    name: str = Field(min_length=1)
+    """Name of the run; its folder holds config.yaml, metrics.jsonl, rollouts/, checkpoints/, logs/, summary.md."""
+    folder: str = "runs"
+    """Where run folders are made."""
+    seed: int = 1
+    """Seeds weights (random initialisation), prompt order and, through SGLang's random_seed, sampling."""
+    overwrite: bool = False
+    """Replace the run folder of an earlier run with this name."""
+
+
+class ModelSection(Section):
+    """The policy. Its architecture is what ``config.json`` in the Hugging Face folder says."""
+
+    hf_path: str
+    """Hugging Face checkpoint folder: config.json, tokenizer and *.safetensors."""
+    initialize: Literal["hf", "random"] = "hf"
+    """`hf` loads the safetensors; `random` ignores them and draws new weights (pretraining)."""
+    layer_spec: Literal["local", "transformer_engine"] = "local"
+    """`local` is torch-native and runs anywhere; `transformer_engine` needs a GPU."""
+    make_vocab_size_divisible_by: int = Field(default=128, ge=1)
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size, as in Megatron-LM."""
+
+
+class ServerSection(Section):
+    """Where SGLang runs. Without ``url`` the trainer starts a server of its own and stops it at the end."""
+
+    url: str | None = None
+    """Address of a running server, http://host:port; it must serve the same architecture."""
+    python: str | None = None
+    """Interpreter of SGLang's own environment; default: the trainer's."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device of the server that is started."""
+    host: str = "127.0.0.1"
+    """Address that the server binds to."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the server; default: a free one."""
+    startup_timeout: float = Field(default=600.0, gt=0)
+    """Seconds until a server that is not ready is given up."""
+
+
+class RolloutSection(Section):
+    """Sampling from the policy with SGLang."""
+
+    prompts_per_step: int = Field(default=32, ge=1)
+    """Prompts (groups) of one rollout batch."""
+    samples_per_prompt: int = Field(default=8, ge=1)
+    """Responses to each prompt: the group that advantages are relative to."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """Longest response, in tokens."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt, in tokens; default: what the model's context leaves beside max_new_tokens."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the trainer's log-probabilities are of the same tempered distribution."""
+    stop_token_ids: list[int] = []
+    """Token ids that end a response, besides the model's own end-of-sequence token."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Rollout batches that generation may run ahead of training. 0: synchronous."""
+    behavior_logprobs: Literal["rollout", "recompute"] = "rollout"
+    """mu: `rollout` is what SGLang reported when it sampled the token; `recompute` is the trainer's own forward pass
+    over the fresh batch, which hides the mismatch between the engines."""
+    concurrency: int = Field(default=512, ge=1)
+    """Requests in flight at once."""
+    request_timeout: float = Field(default=600.0, gt=0)
+    """Seconds until a generation request that has not been answered fails the run."""
+    server: ServerSection = ServerSection()
+
+
+class DataSection(Section):
+    """Prompts: jsonl files, one object a line with ``prompt``, ``label`` and ``metadata``."""
+
+    train: str | None = None
+    """Training prompts (objective rl) or texts (objective sft: ``prompt`` and ``response``, or ``text``)."""
+    evaluation: dict[str, str] = {}
+    """Held-out prompt files by the name that their metrics get."""
+    shuffle: bool = True
+    """Reshuffle the training data in every epoch, by run.seed."""
+
+
+class RewardSection(Section):
+    """The verifiable reward."""
+
+    function: str = "exact_match"
+    """A built-in name, ``path/to/file.py:function`` or ``package.module:function``; called with a Sample."""
+
+
+class AlgorithmSection(Section):
+    """Advantages, weight kernel and aggregation of the policy loss."""
+
+    kernel: str = "vespo"
+    """Weight kernel: vespo, or reinforce (weight 1)."""
+    kernel_params: dict[str, float] = {}
+    """Parameters of the kernel, for vespo: c1_pos, c2_pos, c1_neg, c2_neg, log_w_limit."""
+    advantage: str = "group_normalized"
+    """Advantage estimator over the samples of one prompt."""
+    normalize_std: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
+    aggregation: Literal["token-mean", "seq-mean-token-sum"] = "token-mean"
+    """Divisor of the loss: response tokens, or samples (the paper's estimator), of the whole global minibatch."""
+
+
+class TrainingSection(Section):
+    """How long, and in what pieces. Optimizer settings (lr, weight_decay, clip_grad, ...) are Megatron's."""
+
+    steps: int = Field(ge=1)
+    """Rollout batches to train on (objective rl) or optimizer steps (objective sft)."""
+    minibatches_per_step: int = Field(default=1, ge=1)
+    """N: optimizer steps taken on each rollout batch."""
+    samples_per_step: int = Field(default=64, ge=1)
+    """Objective sft: texts of one optimizer step."""
+    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
+    """Samples are packed without padding into microbatches of at most this many tokens."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "constant"
+    """Learning-rate schedule from megatron.lr to megatron.min_lr, in optimizer steps (Megatron's scheduler)."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+
+
+class WeightSyncSection(Section):
+    """How new weights reach SGLang after each rollout batch."""
+
+    transport: Literal["broadcast", "disk"] = "broadcast"
+    """`broadcast` over a process group with the server (gloo on CPU, NCCL on GPU); `disk` writes an HF folder."""
+    bucket_megabytes: int = Field(default=512, ge=1)
+    """Most weights in flight at once."""
+
+
+class EvaluationSection(Section):
+    """Scoring the prompts of ``data.evaluation``."""
+
+    interval: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt; accuracy is their mean reward (avg@k)."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Use the first so many prompts of each set."""
+
+
+class CheckpointSection(Section):
+    """Hugging Face folders written to ``checkpoints/``."""
+
+    interval: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only after the last step."""
+
+
+class LoggingSection(Section):
+    """What is kept of each step besides the numbers."""
+
+    tensorboard: bool = True
+    """Write TensorBoard scalars."""
+    rollout_groups: int = Field(default=2, ge=0)
+    """Sampled groups a step written to rollouts/ as text."""
+
+
+class Config(Section):
+    """A run's whole configuration."""
+
+    objective: Literal["rl", "sft"] = "rl"
+    """`rl`: the VESPO loop; `sft`: supervised next-token training of the same model on the same scaffold."""
+    run: RunSection
+    model: ModelSection
+    megatron: dict[str, Any] = {}
+    """Any field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, under its own name."""
+    sglang: dict[str, Any] = {}
+    """Any SGLang server argument, under its own name with underscores."""
+    rollout: RolloutSection = RolloutSection()
+    data: DataSection = DataSection()
+    reward: RewardSection = RewardSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    training: TrainingSection
+    weight_sync: WeightSyncSection = WeightSyncSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        known = megatron_fields()
+        for key in self.megatron:
+            if known is not None and key not in known:
+                raise ValueError(f"megatron.{key}: unknown key{nearest(key, known)}")
+        samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        if self.objective == "rl" and samples % self.training.minibatches_per_step:
+            raise ValueError(
+                f"training.minibatches_per_step={self.training.minibatches_per_step} does not divide the {samples}"
+                " samples of a step (rollout.prompts_per_step * rollout.samples_per_prompt)"
+            )
+        if self.data.train is None:
+            raise ValueError("data.train: missing; name a jsonl file")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of this run."""
+        return Path(self.run.folder) / self.run.name
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the dense weights: tensor x pipeline x context."""
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        product = 1
+        for name in sizes:
+            product *= int(self.megatron.get(name, 1))
+        return product
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; everybody means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+# The resolver for integers must win where both match; it was registered first, in SafeLoader.
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}': expected section.key=value")
+    *sections, leaf = key.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override '{override}': '{section}' is a value, not a section")
+    node[leaf] = _parse_yaml(value, f"override '{override}'")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys that exist beside the last part of an error's location."""
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """One line for each thing that is wrong, naming the key."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), _known_keys(item['loc']))}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing")
+        elif item["type"] == "value_error" and not key:
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{key}: {item['msg']}, not {item['input']!r}")
+    return "\n".join(f"{where}: {line}" for line in lines)
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested dictionary.
+
+    Raises:
+        UserError: Names every key that is unknown (with the nearest known one), missing or of the wrong type.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from error
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides, values in YAML syntax.
+
+    Raises:
+        UserError: The file is missing or not YAML, an override is malformed, or a key is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path}: not found")
+    tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; ``load_config`` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_config() -> str:
+    """Every section and key with type, default and meaning: the body of ``train --help``."""
+    lines: list[str] = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            lines += ["", f"{name}:  {_first_line(section.__doc__)}", *_describe_fields(section, name)]
+        else:
+            lines += ["", f"{name}:  {field.description}"]
+    return "\n".join(lines)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
+
+
+def _describe_fields(section: type[Section], prefix: str) -> list[str]:
+    lines = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            lines += _describe_fields(kind, f"{prefix}.{name}")
+            continue
+        shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        default = "required" if field.is_required() else f"default {field.get_default()!r}"
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  {prefix}.{name}  ({shown}; {default})\n      {meaning}")
+    return lines

@@ -1,0 +1,150 @@
+"""From architecture and ``megatron:`` section to a model: ``build_model()``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron_vespo import parallel
+from megatron_vespo.errors import UserError
+from megatron_vespo.models.hf_config import Architecture
+from megatron_vespo.models.native import local_block_spec
+
+# Ours where Megatron's default does not suit; the ``megatron:`` section overrides them.
+_DEFAULTS: dict[str, Any] = {
+    "moe_token_dispatcher_type": "alltoall",  # the only dispatcher for expert parallelism on every backend
+    "moe_router_load_balancing_type": "none",  # a balancing loss would move the policy away from the reward
+    "moe_aux_loss_coeff": 0.0,
+    "check_for_nan_in_grad": True,
+}
+# Packed microbatches differ in length, so pipeline stages must tell each other the shape.
+_FIXED: dict[str, Any] = {"variable_seq_lengths": True, "activation_func": F.silu}
+
+
+def _typed(config_class: type, section: dict[str, Any]) -> dict[str, Any]:
+    """The entries of the section that this upstream dataclass declares, their types checked."""
+    hints = get_type_hints(config_class)
+    chosen: dict[str, Any] = {}
+    for field in fields(config_class):
+        if field.name not in section:
+            continue
+        value, kind = section[field.name], hints[field.name]
+        if kind is torch.dtype and isinstance(value, str):
+            value = getattr(torch, value, value)
+        try:
+            adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+            chosen[field.name] = adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            raise UserError(f"megatron.{field.name}: {error.errors()[0]['msg']}, not {value!r}") from error
+    return chosen
+
+
+def _construct(config_class: type, values: dict[str, Any]) -> Any:
+    try:
+        return config_class(**values)
+    except (ValueError, AssertionError, TypeError) as error:  # how Megatron refuses a combination of options
+        raise UserError(f"megatron: {config_class.__name__} refuses these options: {error}") from error
+
+
+def _dtype(section: dict[str, Any]) -> torch.dtype:
+    if section.get("bf16") and section.get("fp16"):
+        raise UserError("megatron.bf16 and megatron.fp16 exclude each other")
+    return torch.bfloat16 if section.get("bf16") else torch.float16 if section.get("fp16") else torch.float32
+
+
+def transformer_config(architecture: Architecture, section: dict[str, Any], layer_spec: str) -> TransformerConfig:
+    """TransformerConfig of a model.
+
+    Args:
+        architecture: The HF architecture; it fixes the fields that say what the model computes.
+        section: The ``megatron:`` section.
+        layer_spec: ``local`` or ``transformer_engine``.
+
+    Raises:
+        UserError: The section sets a field that the architecture fixes, a value has a wrong type, or Megatron refuses
+            the combination.
+    """
+    fixed = {**architecture.transformer_config(), **_FIXED}
+    for name in sorted(fixed.keys() & section.keys()):
+        raise UserError(f"megatron.{name}: fixed by the model ({architecture.source}); remove it")
+    dtype = _dtype(section)
+    grouped = layer_spec == "transformer_engine" and "num_moe_experts" in fixed
+    values = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "init_method_std": architecture.config.get("initializer_range", 0.02),
+        "moe_grouped_gemm": grouped,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
+        **_typed(TransformerConfig, {**_DEFAULTS, **section}),
+        **fixed,
+    }
+    return _construct(TransformerConfig, values)
+
+
+def optimizer_config(section: dict[str, Any]) -> OptimizerConfig:
+    """OptimizerConfig from the ``megatron:`` section; ``lr`` must be there."""
+    if section.get("lr") is None:
+        raise UserError("megatron.lr: missing; set the learning rate")
+    return _construct(OptimizerConfig, {"params_dtype": _dtype(section), **_typed(OptimizerConfig, section)})
+
+
+def ddp_config(section: dict[str, Any]) -> DistributedDataParallelConfig:
+    """DistributedDataParallelConfig from the ``megatron:`` section; gradients are reduced in float32."""
+    values = {"grad_reduce_in_fp32": True, **_DEFAULTS, **section}
+    return _construct(DistributedDataParallelConfig, _typed(DistributedDataParallelConfig, values))
+
+
+def padded_vocab_size(architecture: Architecture, divisible_by: int) -> int:
+    """Vocabulary rounded up to a multiple of ``divisible_by`` x tensor-parallel size, as Megatron-LM pads it."""
+    multiple = divisible_by * parallel.tensor_parallel_size()
+    return -(-architecture.vocab_size // multiple) * multiple
+
+
+def _block_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockSubmodules:
+    if layer_spec == "local":
+        return local_block_spec(config)
+    try:
+        import transformer_engine.pytorch  # noqa: F401 - Megatron swallows its ImportError and fails later, obscurely
+    except ImportError as error:
+        raise UserError(
+            f"model.layer_spec: transformer_engine needs Transformer Engine, which does not import here ({error});"
+            " use layer_spec: local"
+        ) from error
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+
+
+def build_model(
+    architecture: Architecture, config: TransformerConfig, *, layer_spec: str, make_vocab_size_divisible_by: int
+) -> GPTModel:
+    """This rank's part of the model, weights random, on the CPU or the current GPU.
+
+    Args:
+        architecture: HF architecture.
+        config: From ``transformer_config()``.
+        layer_spec: ``local`` (torch-native) or ``transformer_engine``.
+        make_vocab_size_divisible_by: Vocabulary padding.
+    """
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, layer_spec),
+        vocab_size=padded_vocab_size(architecture, make_vocab_size_divisible_by),
+        max_sequence_length=architecture.context_length,
+        pre_process=parallel.is_first_stage(),
+        post_process=parallel.is_last_stage(),
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+    )
+    return model.cuda() if torch.cuda.is_available() else model

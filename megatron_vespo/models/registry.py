@@ -1,0 +1,15 @@
+"""The model families by HF ``model_type``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_vespo.models.hf_config import Architecture, read_architecture
+from megatron_vespo.models.qwen3 import QWEN3, QWEN3_MOE
+
+FAMILIES = {family.model_type: family for family in (QWEN3, QWEN3_MOE)}
+
+
+def load_architecture(folder: str | Path) -> Architecture:
+    """The architecture of a Hugging Face folder; raises UserError where the model code does not fit it."""
+    return read_architecture(folder, FAMILIES)

@@ -1,0 +1,229 @@
+"""Ranks and groups: the only reader of Megatron's ``parallel_state``.
+
+Everything else asks here, in the words of the field: data-parallel rank, last pipeline stage, who owns a weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vespo import platform
+from megatron_vespo.errors import UserError
+
+platform.prepare()
+
+from megatron.core import parallel_state as mpu  # noqa: E402 - after prepare()
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+def initialize(megatron: dict[str, Any], seed: int, *, timeout_minutes: float = 30) -> None:
+    """Join the job torchrun started and build Megatron's process groups.
+
+    Args:
+        megatron: The ``megatron:`` section; its ``*_parallel_size`` fields give the layout.
+        seed: Seeds Megatron's random streams, a different one for each tensor-parallel rank and pipeline stage.
+        timeout_minutes: Longest wait in one collective.
+
+    Raises:
+        UserError: The layout does not fit the number of ranks.
+    """
+    check_layout(megatron, int(os.environ["WORLD_SIZE"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(platform.backend(), timeout=timedelta(minutes=timeout_minutes))
+    sizes = {name: megatron[name] for name in _SIZES if name in megatron}
+    sizes.setdefault("expert_tensor_parallel_size", _DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
+    mpu.initialize_model_parallel(**sizes)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+# Megatron's default is the tensor-parallel size; whole experts are faster at the widths of today's models.
+_DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE = 1
+
+
+def check_layout(megatron: dict[str, Any], world_size: int) -> int:
+    """Check that the layout fits the number of ranks.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        UserError: It does not fit; the message names the field and the sizes that would.
+    """
+    size = {name: int(megatron.get(name) or 1) for name in _SIZES}
+    if size["context_parallel_size"] > 1:
+        raise UserError("megatron.context_parallel_size: only 1 is supported")
+    if size["virtual_pipeline_model_parallel_size"] > 1:
+        raise UserError("megatron.virtual_pipeline_model_parallel_size: interleaved pipelines are not supported yet")
+    dense = size["tensor_model_parallel_size"] * size["pipeline_model_parallel_size"]
+    expert_tensor = int(megatron.get("expert_tensor_parallel_size") or _DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
+    expert = size["expert_model_parallel_size"] * expert_tensor * size["pipeline_model_parallel_size"]
+    for name, needed in (
+        ("megatron.tensor_model_parallel_size x pipeline_model_parallel_size", dense),
+        ("megatron.expert_model_parallel_size x expert_tensor_parallel_size x pipeline_model_parallel_size", expert),
+    ):
+        if world_size % needed:
+            raise UserError(f"{name} = {needed} does not divide the {world_size} ranks; launch a multiple of {needed}")
+    return world_size // dense
+
+
+def shutdown() -> None:
+    """Leave the process groups."""
+    if dist.is_initialized():
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Rank of this process in the job."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """Number of ranks in the job."""
+    return dist.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which talks to SGLang, to files and to people."""
+    return rank() == 0
+
+
+def data_parallel_rank() -> int:
+    """Which replica of the dense weights this rank belongs to."""
+    return mpu.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Number of replicas of the dense weights: ranks that get different samples."""
+    return mpu.get_data_parallel_world_size()
+
+
+def tensor_parallel_rank() -> int:
+    """Which shard of the vocabulary and of the dense weights this rank holds."""
+    return mpu.get_tensor_model_parallel_rank()
+
+
+def tensor_parallel_size() -> int:
+    """Number of tensor-parallel shards."""
+    return mpu.get_tensor_model_parallel_world_size()
+
+
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """Ranks among which the vocabulary is split."""
+    return mpu.get_tensor_model_parallel_group()
+
+
+def pipeline_size() -> int:
+    """Number of pipeline stages."""
+    return mpu.get_pipeline_model_parallel_world_size()
+
+
+def is_first_stage() -> bool:
+    """Whether this rank embeds tokens."""
+    return mpu.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank computes logits and the loss."""
+    return mpu.is_pipeline_last_stage()
+
+
+def expert_parallel_rank() -> int:
+    """Which share of the experts this rank holds."""
+    return mpu.get_expert_model_parallel_rank()
+
+
+def expert_parallel_size() -> int:
+    """Over how many ranks the experts are spread."""
+    return mpu.get_expert_model_parallel_world_size()
+
+
+def expert_tensor_parallel_rank() -> int:
+    """Which shard of an expert this rank holds."""
+    return mpu.get_expert_tensor_parallel_rank()
+
+
+def expert_tensor_parallel_size() -> int:
+    """Into how many shards an expert is split."""
+    return mpu.get_expert_tensor_parallel_world_size()
+
+
+def owns_dense_weights() -> bool:
+    """Whether this rank is the one of its data-parallel replicas that speaks for the dense weights."""
+    return mpu.get_data_parallel_rank() == 0
+
+
+def owns_expert_weights() -> bool:
+    """Whether this rank is the one of its expert-data-parallel replicas that speaks for its experts."""
+    return mpu.get_expert_data_parallel_rank() == 0
+
+
+def reports_samples() -> bool:
+    """Whether this rank alone reports the results of its samples: last stage, first tensor-parallel rank."""
+    return is_last_stage() and tensor_parallel_rank() == 0
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Values of all ranks, in rank order, on every rank."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_bytes(payload: bytes | None) -> bytes:
+    """Rank 0's payload on every rank.
+
+    Args:
+        payload: Bytes on rank 0, None elsewhere.
+    """
+    device = platform.device()
+    size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=device)
+    dist.broadcast(size, src=0)
+    if payload is not None:
+        data = torch.frombuffer(bytearray(payload) or bytearray(1), dtype=torch.uint8)[: len(payload)].to(device)
+    else:
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(data, src=0)
+    return payload if payload is not None else data.cpu().numpy().tobytes()
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run something on rank 0 alone and fail on every rank if it failed there.
+
+    Raises:
+        UserError: What rank 0 raised, on every rank, so that none waits for a rank that has gone.
+    """
+    message = ""
+    if is_main():
+        try:
+            action()
+        except UserError as error:
+            message = str(error) or type(error).__name__
+    message = broadcast_bytes(message.encode() if is_main() else None).decode()
+    if message:
+        raise UserError(message)

@@ -8,7 +8,7 @@ architecture is read from the Hugging Face ``config.json``, never typed here.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -225,14 +225,45 @@ class Config(Section):
         """Folder of this run."""
         return Path(self.run.folder) / self.run.name
 
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one replica of the dense weights: tensor x pipeline x context."""
-        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        product = 1
-        for name in sizes:
-            product *= int(self.megatron.get(name, 1))
-        return product
+
+# Megatron's default is the tensor-parallel size; whole experts are faster at the widths of today's models.
+DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE = 1
+
+
+def data_parallel_size(megatron: Mapping[str, Any], world_size: int) -> int:
+    """Check that a ``megatron:`` section fits the number of ranks, and say how many replicas it makes.
+
+    Raises:
+        UserError: It does not fit; the message names the fields and the sizes that would.
+    """
+    tensor, pipeline, virtual, context, expert = (
+        int(megatron.get(name) or 1)
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        )
+    )
+    expert_tensor = int(megatron.get("expert_tensor_parallel_size") or DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
+    if context > 1:
+        raise UserError("megatron.context_parallel_size: only 1 is supported: log W must see whole sequences")
+    if virtual > 1:
+        raise UserError("megatron.virtual_pipeline_model_parallel_size: interleaved pipelines are not supported yet")
+    for names, needed in (
+        ("tensor_model_parallel_size x pipeline_model_parallel_size", tensor * pipeline),
+        (
+            "expert_model_parallel_size x expert_tensor_parallel_size x pipeline_model_parallel_size",
+            expert * expert_tensor * pipeline,
+        ),
+    ):
+        if world_size % needed:
+            raise UserError(
+                f"megatron: {names} = {needed} does not divide the {world_size} ranks of this job;"
+                f" start {needed} ranks or a multiple of it"
+            )
+    return world_size // (tensor * pipeline)
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_vespo import platform
+from megatron_vespo.config import DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE
+from megatron_vespo.config import data_parallel_size as data_parallel_size_of
 from megatron_vespo.errors import UserError
 
 platform.prepare()
@@ -33,13 +35,13 @@ def initialize(megatron: dict[str, Any], seed: int, *, timeout_minutes: float = 
     Raises:
         UserError: The layout does not fit the number of ranks.
     """
-    check_layout(megatron, int(os.environ["WORLD_SIZE"]))
+    data_parallel_size_of(megatron, int(os.environ["WORLD_SIZE"]))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group(platform.backend(), timeout=timedelta(minutes=timeout_minutes))
     sizes = {name: megatron[name] for name in _SIZES if name in megatron}
-    sizes.setdefault("expert_tensor_parallel_size", _DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
+    sizes.setdefault("expert_tensor_parallel_size", DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
     mpu.initialize_model_parallel(**sizes)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -53,36 +55,6 @@ _SIZES = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-
-
-# Megatron's default is the tensor-parallel size; whole experts are faster at the widths of today's models.
-_DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE = 1
-
-
-def check_layout(megatron: dict[str, Any], world_size: int) -> int:
-    """Check that the layout fits the number of ranks.
-
-    Returns:
-        The data-parallel size.
-
-    Raises:
-        UserError: It does not fit; the message names the field and the sizes that would.
-    """
-    size = {name: int(megatron.get(name) or 1) for name in _SIZES}
-    if size["context_parallel_size"] > 1:
-        raise UserError("megatron.context_parallel_size: only 1 is supported")
-    if size["virtual_pipeline_model_parallel_size"] > 1:
-        raise UserError("megatron.virtual_pipeline_model_parallel_size: interleaved pipelines are not supported yet")
-    dense = size["tensor_model_parallel_size"] * size["pipeline_model_parallel_size"]
-    expert_tensor = int(megatron.get("expert_tensor_parallel_size") or _DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
-    expert = size["expert_model_parallel_size"] * expert_tensor * size["pipeline_model_parallel_size"]
-    for name, needed in (
-        ("megatron.tensor_model_parallel_size x pipeline_model_parallel_size", dense),
-        ("megatron.expert_model_parallel_size x expert_tensor_parallel_size x pipeline_model_parallel_size", expert),
-    ):
-        if world_size % needed:
-            raise UserError(f"{name} = {needed} does not divide the {world_size} ranks; launch a multiple of {needed}")
-    return world_size // dense
 
 
 def shutdown() -> None:
@@ -186,6 +158,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks, in place."""
     dist.all_reduce(tensor)
     return tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
 
 
 def gather_objects(value: Any) -> list[Any]:

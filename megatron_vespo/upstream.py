@@ -19,7 +19,6 @@ MEGATRON_CONFIGS = (
     ("megatron/core/optimizer/optimizer_config.py", "OptimizerConfig"),
     ("megatron/core/distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),
 )
-SGLANG_CONFIG = ("sglang/srt/server_args.py", "ServerArgs")
 
 
 @cache

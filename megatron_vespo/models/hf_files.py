@@ -62,36 +62,43 @@ class HfReader:
         return self._files[file]
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = 5 * 2**30) -> None:
-    """Write a stream of tensors as safetensors of at most ``shard_bytes`` each, with an index.
+class HfWriter:
+    """Writes a stream of tensors as sharded safetensors with an index.
 
     Args:
-        folder: An existing folder. Make it under a temporary name and rename it when everything is in it.
-        tensors: Name and tensor; consumed one at a time.
+        folder: An existing folder. Make it under a temporary name and rename it when ``finish()`` has returned.
         shard_bytes: A file is written when the tensors held reach this size.
     """
-    file_of: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    size = total = 0
 
-    def flush() -> None:
-        nonlocal size
-        file = f"model-{len(set(file_of.values())) + 1:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        file_of.update(dict.fromkeys(shard, file))
-        shard.clear()
-        size = 0
+    def __init__(self, folder: Path, shard_bytes: int = 5 * 2**30) -> None:
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._shard: dict[str, torch.Tensor] = {}
+        self._file_of: dict[str, str] = {}
+        self._held = self._total = self._files = 0
 
-    for name, tensor in tensors:
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-        if size >= shard_bytes:
-            flush()
-    if shard:
-        flush()
-    index = {"metadata": {"total_size": total}, "weight_map": file_of}
-    (folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    def add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take tensors; they are copied to the CPU at once."""
+        for name, tensor in tensors:
+            self._shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            self._held += tensor.nbytes
+            if self._held >= self._shard_bytes:
+                self._flush()
+
+    def finish(self) -> None:
+        """Write what is held, and the index."""
+        self._flush()
+        index = {"metadata": {"total_size": self._total}, "weight_map": self._file_of}
+        (self._folder / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+    def _flush(self) -> None:
+        if not self._shard:
+            return
+        self._files += 1
+        file = f"model-{self._files:05d}.safetensors"
+        save_file(self._shard, self._folder / file, metadata={"format": "pt"})
+        self._file_of.update(dict.fromkeys(self._shard, file))
+        self._total += self._held
+        self._shard, self._held = {}, 0
 
 
 def copy_companions(source: Path, folder: Path) -> None:

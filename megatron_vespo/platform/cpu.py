@@ -44,7 +44,6 @@ class _Stream:
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
-
     def record_event(self, event: object = None) -> _Event:
         """An event that has happened already."""
         return _Event()

@@ -73,7 +73,7 @@ class PolicyGradient:
                 " the weights have probably diverged: lower megatron.lr or go back to an earlier checkpoint"
             ) from error
         columns = {
-            "loss": _share_of_each_sample(output.loss, batch.num_samples),
+            "loss": output.sample_loss,
             "log_w": output.log_w,
             "phi": output.kappa,
             "abs_log_ratio": output.sum_abs_log_ratio,
@@ -97,13 +97,8 @@ class NextToken:
             raise UserError(f"the loss is NaN or infinite on {', '.join(batch.names)}; lower megatron.lr")
         loss = -log_pi.sum() / self.denominators.tokens
         columns = {
-            "loss": _share_of_each_sample(loss, batch.num_samples),
+            "loss": -_per_sample(logprobs.log_pi.detach(), batch) / self.denominators.tokens,
             "correct": _per_sample(logprobs.correct.to(torch.float32), batch),
             "tokens": _per_sample(torch.ones_like(logprobs.log_pi), batch),
         }
         return loss, columns
-
-
-def _share_of_each_sample(loss: Tensor, num_samples: int) -> Tensor:
-    """A column whose sum over the global minibatch is the minibatch's loss."""
-    return (loss.detach() / num_samples).expand(num_samples)

@@ -75,7 +75,7 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, alignment: int, d
     chosen = [samples[i] for i in indices]
     lengths = [packed_length(sample) for sample in chosen]
     filled = sum(lengths)
-    total = -(-filled // alignment) * alignment
+    total = max(-(-filled // alignment), 1) * alignment  # a microbatch without samples is all padding
     tokens, targets, positions = (np.zeros(total, dtype=np.int64) for _ in range(3))
     mask = np.zeros(total, dtype=bool)
     owner = np.full(total, -1, dtype=np.int64)

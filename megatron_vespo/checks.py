@@ -1,0 +1,79 @@
+"""What can be found wrong before torch is imported or a process is started."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_vespo.config import Config, data_parallel_size
+from megatron_vespo.errors import UserError
+from megatron_vespo.files import atomic_write
+from megatron_vespo.rollout.server_args import validate_server_args
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Check files, sizes and names that a run needs.
+
+    Raises:
+        UserError: The first thing that is wrong, naming the field.
+    """
+    replicas = data_parallel_size(config.megatron, world_size)
+    if config.objective == "rl":
+        minibatch = (
+            config.rollout.prompts_per_step * config.rollout.samples_per_prompt // config.training.minibatches_per_step
+        )
+        sizes = "rollout.prompts_per_step * rollout.samples_per_prompt / training.minibatches_per_step"
+        if config.rollout.server.python is None:
+            validate_server_args(config.sglang)
+    else:
+        minibatch, sizes = config.training.samples_per_step, "training.samples_per_step"
+    if minibatch < replicas:
+        raise UserError(f"{sizes} = {minibatch} samples are fewer than the {replicas} data-parallel ranks")
+    _check_model(config)
+    for field, path in {"data.train": config.data.train, **_evaluation_files(config)}.items():
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{field}: {path} not found")
+        if path is not None and Path(path).stat().st_size == 0:
+            raise UserError(f"{field}: {path} is empty; it needs one JSON object a line")
+
+
+def _evaluation_files(config: Config) -> dict[str, str]:
+    return {f"data.evaluation.{name}": path for name, path in config.data.evaluation.items()}
+
+
+def _check_model(config: Config) -> None:
+    folder = Path(config.model.hf_path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.hf_path: {folder / 'config.json'} not found; give a Hugging Face checkpoint folder")
+    if config.model.initialize == "hf" and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.hf_path: no *.safetensors in {folder}; give a checkpoint with weights, or set"
+            " model.initialize=random"
+        )
+
+
+def prepare_run_folder(config: Config, resolved: str) -> None:
+    """Make the run folder with the resolved configuration in it.
+
+    Raises:
+        UserError: A run of that name is there and ``run.overwrite`` is off.
+    """
+    folder = config.run_folder
+    if folder.exists() and any(folder.iterdir()):
+        if not config.run.overwrite:
+            raise UserError(f"{folder} exists; choose another run.name, or set run.overwrite=true to replace it")
+        shutil.rmtree(folder)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "config.yaml", resolved)
+
+
+def describe_layout(config: Config, world_size: int) -> str:
+    """The parallel layout in words, for console and summary."""
+    sizes = {
+        "TP": config.megatron.get("tensor_model_parallel_size", 1),
+        "PP": config.megatron.get("pipeline_model_parallel_size", 1),
+        "EP": config.megatron.get("expert_model_parallel_size", 1),
+        "DP": data_parallel_size(config.megatron, world_size),
+    }
+    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    return f"{ranks}, " + " ".join(f"{name}{size}" for name, size in sizes.items())

@@ -1,0 +1,80 @@
+"""From samples and tables of figures to the values of metrics. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from megatron_vespo.algorithms.importance import summarize_staleness, summarize_weights
+from megatron_vespo.metrics.registry import weight_metrics
+from megatron_vespo.types import FINISH_LENGTH, Sample, SampleGroup
+
+Values = dict[str, float | None]
+Table = Mapping[str, np.ndarray]
+
+
+def rollout_metrics(groups: Sequence[SampleGroup]) -> Values:
+    """The ``rollout/...`` metrics of a rollout batch."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = np.array([sample.reward for sample in samples])
+    lengths = np.array([len(sample.response_ids) for sample in samples])
+    equal = [len({sample.reward for sample in group.samples}) == 1 for group in groups]
+    return {
+        "rollout/reward_mean": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std()),
+        "rollout/response_length_mean": float(lengths.mean()),
+        "rollout/response_length_max": float(lengths.max()),
+        "rollout/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
+        "rollout/equal_reward_share": float(np.mean(equal)),
+    }
+
+
+def minibatch_metrics(samples: Sequence[Sample], table: Table, policy_version: int) -> Values:
+    """Metrics of one minibatch of policy-gradient training.
+
+    Args:
+        samples: The minibatch.
+        table: Figures of its samples from ``Policy.forward_backward``.
+        policy_version: Version whose gradient was taken.
+    """
+    tokens = max(table["tokens"].sum(), 1.0)
+    staleness = summarize_staleness([sample.staleness(policy_version) for sample in samples])
+    weights = summarize_weights(
+        torch.from_numpy(table["log_w"]),
+        torch.from_numpy(table["phi"]),
+        torch.tensor([sample.advantage for sample in samples]),
+        torch.from_numpy(table["tokens"]),
+    )
+    return {
+        "train/loss": float(table["loss"].sum()),
+        "train/entropy": float(table["entropy"].sum() / tokens),
+        "train/log_ratio_abs_mean": float(table["abs_log_ratio"].sum() / tokens),
+        "train/log_ratio_abs_max": float(table["max_abs_log_ratio"].max()),
+        "train/samples": len(samples),
+        "train/tokens": sum(sample.total_length for sample in samples),
+        "rollout/staleness_mean": staleness.mean,
+        "rollout/staleness_max": staleness.max,
+        **weight_metrics(weights),
+    }
+
+
+def supervised_metrics(samples: Sequence[Sample], table: Table) -> Values:
+    """Metrics of one minibatch of supervised training."""
+    return {
+        "train/loss": float(table["loss"].sum()),
+        "train/accuracy": float(table["correct"].sum() / max(table["tokens"].sum(), 1.0)),
+        "train/samples": len(samples),
+        "train/tokens": sum(sample.total_length for sample in samples),
+    }
+
+
+def evaluation_metrics(name: str, groups: Sequence[SampleGroup]) -> Values:
+    """The ``eval/<set>/...`` metrics; accuracy is the mean over prompts and their samples (avg@k)."""
+    samples = [sample for group in groups for sample in group.samples]
+    return {
+        f"eval/{name}/accuracy": float(np.mean([sample.reward for sample in samples])),
+        f"eval/{name}/response_length_mean": float(np.mean([len(sample.response_ids) for sample in samples])),
+        f"eval/{name}/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
+    }

@@ -1,0 +1,85 @@
+"""Reading ``metrics.jsonl`` back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vespo.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The metrics of a run, a record a step.
+
+    Attributes:
+        steps: Ascending step numbers; step 0 holds what was measured before training.
+        values: The finite metrics of each step, parallel to ``steps``.
+        times: Unix time each step was written, parallel to ``steps``; NaN where the line has none.
+        unreadable_lines: Lines that are not a JSON object with a step, such as one cut by a crash.
+    """
+
+    steps: list[int]
+    values: list[dict[str, float]]
+    times: list[float]
+    unreadable_lines: int
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps at which a metric was measured, and its values there."""
+        pairs = [(step, row[name]) for step, row in zip(self.steps, self.values, strict=True) if name in row]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def eval_sets(self) -> list[str]:
+        """Names of the evaluation sets with an accuracy, sorted."""
+        names = {name for row in self.values for name in row}
+        return sorted(
+            n[len("eval/") : -len("/accuracy")] for n in names if n.startswith("eval/") and n.endswith("/accuracy")
+        )
+
+
+def read_metrics(path: str | os.PathLike[str]) -> Records:
+    """Read a metrics file, also of a run that is going on, was cut short or was resumed.
+
+    Lines of one step are merged. A line whose step lies before its predecessor's means that the run was resumed from
+    an earlier checkpoint: the later steps of the abandoned attempt are dropped.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no metrics file {path}")
+    rows: dict[int, dict[str, float]] = {}
+    times: dict[int, float] = {}
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            unreadable += 1
+            continue
+        step = record.pop("step")
+        for later in [other for other in rows if other > step]:
+            del rows[later], times[later]
+        times[step] = _number(record.pop("time", None))
+        numbers = {name: _number(value) for name, value in record.items()}
+        rows.setdefault(step, {}).update({name: value for name, value in numbers.items() if math.isfinite(value)})
+    order = sorted(rows)
+    return Records(order, [rows[step] for step in order], [times[step] for step in order], unreadable)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Arithmetic mean; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

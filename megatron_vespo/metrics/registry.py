@@ -1,0 +1,179 @@
+"""The one table of metrics: every name that may appear in a run's output, what it means, and how values combine.
+
+A step may make several optimizer updates, each on a minibatch with its own values. ``StepMetrics`` combines them as the
+table says. Names that are not in the table are errors, so that a typing mistake cannot start a new curve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from megatron_vespo.algorithms.importance import WeightSummaries
+
+
+class Combine(StrEnum):
+    """How the values of one step's minibatches become one value."""
+
+    MEAN = "mean"
+    MAX = "max"
+    SUM = "sum"
+    LAST = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table. ``<set>`` in a name stands for the name of an evaluation set."""
+
+    name: str
+    unit: str
+    combine: Combine
+    description: str
+
+
+# Phases of a step that are timed, for ``perf/<phase>_time``.
+PHASES: dict[str, str] = {
+    "generate": "Waiting for the samples of this step",
+    "train": "Forward, backward and optimizer steps, and recomputed log-probabilities",
+    "sync": "Sending weights to the rollout engine",
+    "evaluate": "Held-out evaluation",
+    "checkpoint": "Saving checkpoints",
+}
+
+_MEAN, _MAX, _SUM, _LAST = Combine.MEAN, Combine.MAX, Combine.SUM, Combine.LAST
+
+_PLAIN = (
+    ("train/loss", "", _MEAN, "Loss of a minibatch, as differentiated."),
+    ("train/accuracy", "share", _MEAN, "Share of target tokens that are the most likely token (supervised training)."),
+    ("train/entropy", "nats", _MEAN, "Mean entropy of the policy at response tokens."),
+    ("train/grad_norm", "", _MEAN, "Global gradient norm before clipping."),
+    ("train/grad_norm_max", "", _MAX, "Largest gradient norm of the step's updates, before clipping."),
+    ("train/learning_rate", "", _LAST, "Learning rate of the last update."),
+    ("train/log_ratio_abs_mean", "nats", _MEAN, "Mean |log pi - log mu| of response tokens."),
+    ("train/log_ratio_abs_max", "nats", _MAX, "Largest |log pi - log mu| of a response token."),
+    ("train/samples", "samples", _SUM, "Samples trained on."),
+    ("train/tokens", "tokens", _SUM, "Prompt and response tokens trained on."),
+    ("train/microbatches", "", _SUM, "Microbatches of each data-parallel rank."),
+    (
+        "train/lockstep_efficiency",
+        "share",
+        _MEAN,
+        "Share of the data-parallel ranks' time not spent waiting, as planned.",
+    ),
+    ("train/policy_version", "updates", _LAST, "Optimizer steps taken since the starting policy."),
+    ("rollout/reward_mean", "", _MEAN, "Mean reward of the step's samples."),
+    ("rollout/reward_std", "", _MEAN, "Standard deviation of the reward over the step's samples."),
+    ("rollout/response_length_mean", "tokens", _MEAN, "Mean response length."),
+    ("rollout/response_length_max", "tokens", _MAX, "Longest response."),
+    ("rollout/truncated_share", "share", _MEAN, "Share of responses cut at the length limit."),
+    ("rollout/equal_reward_share", "share", _MEAN, "Share of groups whose rewards are all equal: no learning signal."),
+    ("rollout/staleness_mean", "updates", _MEAN, "Mean staleness: updates between sampling and training."),
+    ("rollout/staleness_max", "updates", _MAX, "Largest staleness."),
+    ("perf/step_time", "s", _SUM, "Wall-clock time of the step."),
+    ("perf/tokens_per_second", "tokens/s", _MEAN, "Prompt and response tokens trained on per second of step time."),
+    (
+        "eval/<set>/accuracy",
+        "share",
+        _LAST,
+        "Mean reward on the held-out prompts: the share answered correctly where it is 0 or 1.",
+    ),
+    ("eval/<set>/response_length_mean", "tokens", _LAST, "Mean response length on the held-out prompts."),
+    ("eval/<set>/truncated_share", "share", _LAST, "Share of held-out responses cut at the length limit."),
+)
+
+# Fields of importance.WeightSummary, for all samples and by the sign of the advantage.
+_WEIGHT = (
+    ("log_w_mean", "nats", _MEAN, "Mean log W: drift of the policy from the behaviour policy."),
+    ("log_w_abs_mean", "nats", _MEAN, "Mean |log W|."),
+    ("log_w_abs_max", "nats", _MAX, "Largest |log W|."),
+    ("log_w_infinite_share", "share", _MEAN, "Share of samples whose log W is infinite."),
+    ("ess_w", "share", _MEAN, "Effective sample size of W, divided by the number of samples."),
+    ("ess_phi", "share", _MEAN, "Effective sample size of phi, divided by the number of samples."),
+    ("phi_mean", "", _MEAN, "Mean weight phi; near 0 the samples are hardly heard."),
+    ("phi_small_share", "share", _MEAN, "Share of samples with phi < 0.1."),
+)
+_SIGNS = {"": "", "_pos": " Samples with a positive advantage.", "_neg": " Samples with a negative advantage."}
+
+
+def _build_table() -> dict[str, Metric]:
+    rows = [Metric(*row) for row in _PLAIN]
+    rows += [
+        Metric(f"vespo/{n}{s}", unit, how, text + more) for n, unit, how, text in _WEIGHT for s, more in _SIGNS.items()
+    ]
+    rows += [Metric(f"perf/{name}_time", "s", _SUM, f"{text}.") for name, text in PHASES.items()]
+    return {row.name: row for row in rows}
+
+
+METRICS: dict[str, Metric] = _build_table()
+
+_EVAL_NAME = re.compile(r"eval/[^/]+/(?P<field>[^/]+)")
+
+
+def metric(name: str) -> Metric:
+    """The row of the table for ``name``, ``eval/gsm8k/accuracy`` finding ``eval/<set>/accuracy``.
+
+    Raises:
+        ValueError: The table has no such name.
+    """
+    match = _EVAL_NAME.fullmatch(name)
+    row = METRICS.get(f"eval/<set>/{match['field']}" if match else name)
+    if row is None:
+        raise ValueError(f"unknown metric {name!r}; metrics are declared in megatron_vespo/metrics/registry.py")
+    return row
+
+
+class StepMetrics:
+    """Collects the values of one step. ``None`` means "nothing to measure" and is skipped; NaN is kept and spreads."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, name: str, value: float | None) -> None:
+        """Add one minibatch's value.
+
+        Raises:
+            ValueError: The name is not in the table.
+        """
+        metric(name)
+        values = self._values.setdefault(name, [])
+        if value is not None:
+            values.append(float(value))
+
+    def update(self, values: Mapping[str, float | None]) -> None:
+        """Add several values."""
+        for name, value in values.items():
+            self.add(name, value)
+
+    def result(self) -> dict[str, float | None]:
+        """One value a name, combined as declared, in the order of first addition; None where only None was added."""
+        return {name: _combine(metric(name).combine, values) for name, values in self._values.items()}
+
+
+def _combine(how: Combine, values: list[float]) -> float | None:
+    if not values:
+        return None
+    match how:
+        case Combine.MEAN:
+            return float(np.mean(values))
+        case Combine.MAX:
+            # Unlike Python's max, numpy's lets a NaN through from any position.
+            return float(np.max(values))
+        case Combine.SUM:
+            return float(np.sum(values))
+        case Combine.LAST:
+            return values[-1]
+
+
+def weight_metrics(summaries: WeightSummaries) -> dict[str, float | None]:
+    """The ``vespo/...`` metrics of a minibatch."""
+    parts = {"": summaries.all, "_pos": summaries.positive, "_neg": summaries.negative}
+    return {f"vespo/{name}{sign}": value for sign, part in parts.items() for name, value in asdict(part).items()}
+
+
+def phase_metrics(seconds: Mapping[str, float]) -> dict[str, float | None]:
+    """The ``perf/<phase>_time`` metrics from ``Timers.seconds()``."""
+    return {f"perf/{name}_time": value for name, value in seconds.items()}

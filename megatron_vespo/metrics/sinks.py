@@ -1,0 +1,137 @@
+"""Where metrics and samples are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_vespo.errors import UserError
+from megatron_vespo.files import atomic_write
+from megatron_vespo.types import IntArray, Sample, SampleGroup
+
+MetricValues = Mapping[str, float | None]
+
+
+class MetricSink(Protocol):
+    """Takes the combined metrics of a step."""
+
+    def write(self, step: int, metrics: MetricValues) -> None:
+        """Record one step."""
+
+    def close(self) -> None:
+        """Write out what is still held."""
+
+
+class JsonlSink:
+    """``metrics.jsonl``: one JSON object a step, ``{"step": 3, "time": <unix seconds>, "train/loss": ...}``.
+
+    Appends, so a resumed run goes on in its file. Each line is one write to the operating system, so a reader or a
+    crash sees whole lines only. Values that JSON has no number for (NaN, infinities, None) are null.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab+", buffering=0)
+        self._end_broken_line()
+
+    def write(self, step: int, metrics: MetricValues) -> None:
+        """Append the line of one step."""
+        record = {"step": step, "time": round(time.time(), 3), **{k: _jsonable(v) for k, v in metrics.items()}}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _end_broken_line(self) -> None:
+        """A full disk may have cut the last line of an earlier run: end it, so that ours starts on its own."""
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard, under the same names. A value of None leaves no point.
+
+    Raises:
+        UserError: The ``tensorboard`` package is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("TensorBoard output needs the package: pip install tensorboard") from error
+        self._writer = SummaryWriter(os.fspath(folder))
+
+    def write(self, step: int, metrics: MetricValues) -> None:
+        """Add one point to each curve."""
+        for name, value in metrics.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class RolloutSink:
+    """Samples for people to read: ``rollouts/step_000012.jsonl``, one line a sample, the first few groups of a step.
+
+    Args:
+        folder: Made when missing.
+        groups_per_step: Groups written a step; the rest is dropped.
+        decode: Turns prompt token ids into text, usually the tokenizer's ``decode``.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], groups_per_step: int, decode: Callable[[IntArray], str]) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._groups_per_step = groups_per_step
+        self._decode = decode
+
+    def write(self, step: int, groups: Sequence[SampleGroup], log_w: Mapping[str, float] | None = None) -> None:
+        """Write one step's samples.
+
+        Args:
+            step: Number of the step.
+            groups: Scored groups with advantages, in order of consumption.
+            log_w: log W of each sample by ``Sample.name``; a sample missing here gets null.
+        """
+        lines = []
+        for group in groups[: self._groups_per_step]:
+            prompt_text = self._decode(group.prompt.input_ids)
+            for sample in group.samples:
+                record = _rollout_record(step, sample, prompt_text, (log_w or {}).get(sample.name))
+                lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        atomic_write(self._folder / f"step_{step:06d}.jsonl", "".join(lines))
+
+
+def _rollout_record(step: int, sample: Sample, prompt_text: str, log_w: float | None) -> dict[str, Any]:
+    versions = sample.weight_versions
+    return {
+        "step": step,
+        "sample": sample.name,
+        "prompt": prompt_text,
+        "response": sample.text,
+        "label": sample.prompt.label,
+        "reward": _jsonable(sample.reward),
+        "advantage": _jsonable(sample.advantage),
+        "log_w": _jsonable(log_w),
+        "length": len(sample.response_ids),
+        "finish_reason": sample.finish_reason,
+        "versions": [int(versions.min()), int(versions.max())] if len(versions) else None,
+    }
+
+
+def _jsonable(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

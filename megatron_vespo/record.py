@@ -1,0 +1,109 @@
+"""What a run leaves behind: console, metrics.jsonl, TensorBoard, sampled rollouts, summary. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vespo.metrics.console import Console
+from megatron_vespo.metrics.registry import StepMetrics, phase_metrics
+from megatron_vespo.metrics.report import write_report
+from megatron_vespo.metrics.sinks import MetricSink, RolloutSink
+from megatron_vespo.metrics.timers import Timers
+from megatron_vespo.types import SampleGroup
+
+
+class Recorder:
+    """Times the phases of a step and hands its metrics to every sink.
+
+    Args:
+        total_steps: Steps of the run.
+        console: On rank 0; None elsewhere.
+        sinks: Where metrics go; empty but on rank 0.
+        rollout_sink: Where sampled texts go; None but on rank 0.
+        run_folder: For the summary.
+        facts: What the summary says of the run besides its metrics.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        console: Console | None,
+        sinks: Sequence[MetricSink],
+        rollout_sink: RolloutSink | None,
+        run_folder: Path,
+        facts: Mapping[str, str],
+    ) -> None:
+        self._total_steps, self._console, self._sinks = total_steps, console, sinks
+        self._rollout_sink, self._run_folder, self._facts = rollout_sink, run_folder, facts
+        self._timers = Timers()
+        self._step_began = time.monotonic()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time of the body as this phase of the step."""
+        with self._timers(phase):
+            yield
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce something slow outside the steps."""
+        if self._console is None:
+            yield
+        else:
+            with self._console.phase(name):
+                yield
+
+    def record_step(
+        self,
+        step: int,
+        metrics: StepMetrics,
+        groups: Sequence[SampleGroup] = (),
+        log_w: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write down a finished step, numbered from 1."""
+        now = time.monotonic()
+        step_time, self._step_began = now - self._step_began, now
+        metrics.update(phase_metrics(self._timers.seconds()))
+        self._timers.reset()
+        values = metrics.result()
+        values["perf/step_time"] = step_time
+        working = step_time - (values.get("perf/evaluate_time") or 0.0)
+        values["perf/tokens_per_second"] = (values.get("train/tokens") or 0.0) / working
+        self._write(step, values)
+        if self._rollout_sink is not None and groups:
+            self._rollout_sink.write(step, groups, log_w)
+        if self._console is not None:
+            self._console.step(step, values)
+        self._show_accuracy(step, values)
+
+    def record_start(self, values: Mapping[str, float | None]) -> None:
+        """Write down what was measured before the first step, as step 0."""
+        if values:
+            self._write(0, values)
+            self._show_accuracy(0, values)
+        self._timers.reset()
+        self._step_began = time.monotonic()
+
+    def finish(self) -> None:
+        """Write the summary and the learning curve and close everything."""
+        for sink in self._sinks:
+            sink.close()
+        if self._console is not None:
+            self._console.close()
+            write_report(self._run_folder, self._facts, self._total_steps)
+
+    def _write(self, step: int, values: Mapping[str, float | None]) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def _show_accuracy(self, step: int, values: Mapping[str, float | None]) -> None:
+        accuracies = [
+            f"{name.removesuffix('/accuracy')} {value:.3f}"
+            for name, value in values.items()
+            if name.endswith("/accuracy") and name.startswith("eval/") and value is not None
+        ]
+        if self._console is not None and accuracies:
+            self._console.message(f"held-out accuracy after step {step}: {', '.join(accuracies)}")

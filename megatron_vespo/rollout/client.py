@@ -1,0 +1,104 @@
+"""Asynchronous client of one SGLang server: token ids in; token ids, log-probs and weight versions out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from megatron_vespo.errors import UserError
+from megatron_vespo.rollout import protocol
+from megatron_vespo.rollout.protocol import Generation, Request, ServerInfo
+from megatron_vespo.rollout.sampling import SamplingParams
+from megatron_vespo.types import FloatArray, IntArray
+
+TokenIds = Sequence[int] | IntArray
+
+
+class SGLangClient:
+    """Generates on one server. Belongs to one event loop; nothing is ever tokenised again.
+
+    Args:
+        base_url: Address, ``http://host:port``.
+        vocab_size: Ids below this one are valid; checked before sending, since the server dies of bad ids.
+        max_concurrent: Requests in flight at once; more wait here.
+        timeout: Seconds that one generation may take.
+        transport: Instead of the network, for tests.
+
+    All methods raise :class:`ServerError` naming the address, the route and what the server said, and
+    :class:`ServerGoneError` if the connection fails.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        vocab_size: int,
+        max_concurrent: int = 256,
+        timeout: float = 3600.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.vocab_size = vocab_size
+        self._slots = asyncio.Semaphore(max_concurrent)
+        self._info: ServerInfo | None = None
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url,
+            timeout=httpx.Timeout(timeout, connect=protocol.CONNECT_TIMEOUT_SECONDS, pool=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=protocol.KEEPALIVE_SECONDS),
+            trust_env=False,
+            transport=transport,
+        )
+
+    async def generate(
+        self, input_ids: TokenIds, sampling: SamplingParams, max_new_tokens: int | None = None
+    ) -> Generation:
+        """Sample one response to ``input_ids``.
+
+        Args:
+            input_ids: Token ids, at least one.
+            sampling: How to sample.
+            max_new_tokens: Instead of ``sampling``'s, where a response is being continued.
+
+        Raises:
+            UserError: bad ids or a request beyond the context; nothing is sent then.
+        """
+        ids = [int(token) for token in input_ids]
+        limit = sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
+        protocol.check_ids(ids, self.vocab_size, self.base_url)
+        protocol.check_length(len(ids), limit, await self.limits(), self.base_url)
+        answer = await self._send(protocol.generate_request(ids, sampling, limit))
+        return protocol.parse_generation(self.base_url, answer)
+
+    async def score(self, input_ids: TokenIds, start: int) -> FloatArray:
+        """Log-probs (nats, temperature 1) of ``input_ids[start:]``, shape [len(input_ids) - start]; ``start`` >= 1."""
+        ids = [int(token) for token in input_ids]
+        if not 1 <= start <= len(ids):
+            raise UserError(f"score: start {start} is outside 1 to {len(ids)}; the first token has no log-probability")
+        protocol.check_ids(ids, self.vocab_size, self.base_url)
+        protocol.check_length(len(ids), 0, await self.limits(), self.base_url)
+        answer = await self._send(protocol.score_request(ids, start))
+        return protocol.parse_scores(self.base_url, answer, len(ids) - start)
+
+    async def info(self) -> ServerInfo:
+        """What the server says of itself, asked anew."""
+        self._info = protocol.parse_info([await self._send(request) for request in protocol.INFO_REQUESTS])
+        return self._info
+
+    async def limits(self) -> ServerInfo:
+        """The same, asked once: lengths do not change while a server lives."""
+        return self._info or await self.info()
+
+    async def close(self) -> None:
+        """Close all connections; requests in flight fail."""
+        await self._http.aclose()
+
+    async def _send(self, request: Request) -> Any:
+        async with self._slots:
+            try:
+                response = await self._http.request(request.method, request.route, json=request.body)
+            except httpx.TransportError as error:
+                raise protocol.connection_error(self.base_url, request, error) from error
+        return protocol.parse_response(self.base_url, request, response)

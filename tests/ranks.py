@@ -1,0 +1,79 @@
+"""Run a function on several gloo ranks, forked from this process so that torch and Megatron are imported once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from megatron_vespo import parallel
+
+TIMEOUT = 240
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _child(
+    connection: Connection,
+    rank: int,
+    size: int,
+    port: int,
+    megatron: dict[str, Any],
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in env.items()})
+    try:
+        parallel.initialize(megatron, seed=1, timeout_minutes=2)
+        # Plain pickle: torch's own reduction would share memory with a process that is about to end.
+        connection.send_bytes(pickle.dumps((True, function(*args))))
+    except BaseException:  # noqa: BLE001 - the parent raises it
+        connection.send_bytes(pickle.dumps((False, f"rank {rank}:\n{traceback.format_exc()}")))
+    finally:
+        connection.close()
+        os._exit(0)  # neither the parent's pytest nor its atexit handlers may run here
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, **megatron: Any) -> list[Any]:
+    """``function(*args)`` on ``size`` ranks with this ``megatron:`` section; results in rank order."""
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_child, args=(theirs, rank, size, port, megatron, function, args))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results: dict[int, Any] = {}
+    try:
+        pending = {pipe: rank for rank, pipe in enumerate(pipes)}
+        while pending:
+            ready = wait(list(pending), timeout=TIMEOUT)
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(pending.values())} did not finish in {TIMEOUT} s")
+            for pipe in ready:
+                rank = pending.pop(pipe)
+                succeeded, value = pickle.loads(pipe.recv_bytes())
+                if not succeeded:
+                    raise AssertionError(value)
+                results[rank] = value
+    finally:
+        for process in processes:
+            process.kill() if process.is_alive() and len(results) < size else None
+            process.join()
+    return [results[rank] for rank in range(size)]

@@ -1,0 +1,92 @@
+import asyncio
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vespo.errors import UserError
+from megatron_vespo.rewards.loader import exact_match, load_reward
+from megatron_vespo.types import Prompt, Sample
+
+
+def sample(text: str, label: str) -> Sample:
+    prompt = Prompt(0, np.array([1], np.int32), label)
+    return Sample(prompt, 0, np.array([], np.int32), np.array([], np.float32), np.array([], np.int32), "stop", text)
+
+
+@pytest.mark.parametrize(
+    "text, label, reward",
+    [
+        ("4", "4", 1.0),
+        (" 4\n", "4 ", 1.0),
+        ("4<|im_end|>", "4", 1.0),
+        ("4 </s> \n", "4", 1.0),
+        ("4<|eot_id|><|endoftext|>", "4", 1.0),
+        ("44", "4", 0.0),
+        ("the answer is 4", "4", 0.0),
+        ("", "4", 0.0),
+        ("<|im_end|>4", "4", 0.0),
+        ("4</answer>", "4", 0.0),
+    ],
+)
+def test_exact_match(text: str, label: str, reward: float) -> None:
+    assert exact_match(sample(text, label)) == reward
+
+
+def test_builtin() -> None:
+    assert load_reward("exact_match") is exact_match
+
+
+def test_file_with_sync_and_async_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my.reward.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Judge:\n    bonus: float = 0.5\n"
+        "def length(sample):\n    return len(sample.text) + Judge().bonus\n"
+        "async def later(sample):\n    return 2.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("my.reward.py:length")(sample("abc", "")) == 3.5
+    later = load_reward(f"{tmp_path}/my.reward.py:later")(sample("", ""))
+    assert inspect.iscoroutine(later)
+    assert asyncio.run(later) == 2.0
+
+
+def test_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reward.py").write_text(f"def f(sample):\n    return '{name}'\n")
+    first, second = (load_reward(f"{tmp_path}/{name}/reward.py:f") for name in ("a", "b"))
+    assert (first(sample("", "")), second(sample("", ""))) == ("a", "b")
+
+
+def test_module() -> None:
+    assert load_reward("megatron_vespo.rewards.loader:exact_match") is exact_match
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("exact", "built in: exact_match"),
+        ("missing/file.py:f", "missing/file.py does not exist"),
+        ("no_such_package.module:f", "no module 'no_such_package'"),
+        ("megatron_vespo.rewards.nothing:f", "no module 'megatron_vespo.rewards.nothing'"),
+        ("megatron_vespo.rewards.loader:nothing", "no function 'nothing'"),
+        ("megatron_vespo.rewards.loader:", "no function ''"),
+        ("megatron_vespo.rewards.loader:BUILTIN_REWARDS", "is a dict, not a function"),
+        (":f", "neither a module nor"),
+        ("./x:f", "neither a module nor"),
+        ("..x:f", "neither a module nor"),
+    ],
+)
+def test_what_does_not_exist_is_named(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_reward(spec)
+
+
+def test_errors_of_the_users_own_module_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_reward.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for spec in ("broken_reward:f", f"{tmp_path}/broken_reward.py:f"):
+        with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+            load_reward(spec)

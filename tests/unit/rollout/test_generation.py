@@ -1,0 +1,86 @@
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+from scripted import answer, make_client
+
+from megatron_vespo.errors import UserError
+from megatron_vespo.rollout import generation
+from megatron_vespo.rollout.generation import RewardFunction, generate_group, generate_to_end
+from megatron_vespo.rollout.protocol import ServerError
+from megatron_vespo.rollout.sampling import SamplingParams
+from megatron_vespo.types import Prompt, Sample, SampleGroup
+
+PROMPT = Prompt(7, np.array([1, 2], np.int32), label="4")
+
+
+def run_group(reward: RewardFunction, n: int = 3) -> SampleGroup:
+    client = make_client(lambda body: answer([5, 6]))
+    return asyncio.run(
+        generate_group(client, PROMPT, n, SamplingParams(4), lambda ids: "/".join(map(str, ids)), reward)
+    )
+
+
+def test_a_group_is_sampled_decoded_and_scored() -> None:
+    group = run_group(lambda sample: sample.index + len(sample.text))
+    assert [sample.name for sample in group.samples] == ["7/0", "7/1", "7/2"]
+    assert [sample.reward for sample in group.samples] == [3.0, 4.0, 5.0]
+    assert all(sample.text == "5/6" and sample.prompt is PROMPT for sample in group.samples)
+
+
+def test_a_reward_may_be_asynchronous_or_a_numpy_number() -> None:
+    async def reward(sample: Sample) -> float:
+        await asyncio.sleep(0)
+        return 2.0
+
+    assert run_group(reward).samples[0].reward == 2.0
+    assert run_group(lambda sample: np.float32(0.5)).samples[0].reward == 0.5
+    assert run_group(lambda sample: True).samples[0].reward == 1.0
+
+
+def raising(sample: Sample) -> float:
+    raise ValueError("no number in it")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raising, r"reward function .*raising failed on sample 7/\d: ValueError: no number in it"),
+        (lambda sample: float("nan"), r"returned nan for sample 7/\d; it must return one finite number"),
+        (lambda sample: None, r"returned None"),
+        (lambda sample: "1", r"returned '1'"),
+    ],
+)
+def test_a_bad_reward_is_named(reward: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        run_group(reward)
+    if reward is raising:
+        assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_aborted_response_is_resumed_with_its_own_versions() -> None:
+    requests: list[dict[str, Any]] = []
+    parts = [
+        answer([5, 6], version="3", reason="abort", log_probs=[-1, -2]),
+        answer([], reason="abort", spans=[]),
+        answer([7], version="4", reason="stop", log_probs=[-3]),
+    ]
+    client = make_client(lambda body: parts[len(requests) - 1], requests)
+    response = asyncio.run(generate_to_end(client, PROMPT.input_ids, SamplingParams(4)))
+    assert response.response_ids.tolist() == [5, 6, 7] and response.log_mu.tolist() == [-1, -2, -3]
+    assert response.weight_versions.tolist() == [3, 3, 4] and response.finish_reason == "stop"
+    assert [request["input_ids"] for request in requests] == [[1, 2], [1, 2, 5, 6], [1, 2, 5, 6]]
+    assert [request["sampling_params"]["max_new_tokens"] for request in requests] == [4, 2, 2]
+
+
+def test_an_abort_after_the_last_token_is_the_length_limit() -> None:
+    client = make_client(lambda body: answer([5, 6], reason="abort"))
+    assert asyncio.run(generate_to_end(client, [1], SamplingParams(2))).finish_reason == "length"
+
+
+def test_endless_aborts_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "RESUME_PAUSE_SECONDS", 0)
+    client = make_client(lambda body: answer([], reason="abort", spans=[]))
+    with pytest.raises(ServerError, match="without getting a token"):
+        asyncio.run(generate_to_end(client, [1], SamplingParams(2)))

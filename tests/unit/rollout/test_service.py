@@ -1,0 +1,140 @@
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from scripted import Answer, answer, make_client
+
+from megatron_vespo.data.prompts import PromptDataset, PromptRecord, PromptStream
+from megatron_vespo.errors import UserError
+from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.engine import RolloutEngine
+from megatron_vespo.rollout.sampling import SamplingParams
+from megatron_vespo.rollout.service import RolloutService
+from megatron_vespo.types import Sample
+
+
+class FakeBroadcast:
+    """Two ranks in two threads."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=20)
+        self._payload = b""
+
+    def __call__(self, payload: bytes | None) -> bytes:
+        if payload is not None:
+            self._payload = payload
+        self._barrier.wait()
+        result = self._payload
+        self._barrier.wait()
+        return result
+
+
+def make_engine(generate: Answer, *, max_staleness: int = 0, **more: Any) -> RolloutEngine:
+    records = [PromptRecord(np.array([i + 1], np.int32), str(i), {}) for i in range(3)]
+    return RolloutEngine(
+        [make_client(generate)],
+        PromptStream(PromptDataset(records, "memory"), seed=0),
+        RolloutBuffer(groups_per_batch=2, max_staleness=max_staleness),
+        samples_per_prompt=2,
+        sampling=SamplingParams(4),
+        decode=lambda ids: "",
+        **({"reward": lambda sample: 1.0} | more),
+    )
+
+
+def run_ranks(engine: RolloutEngine, work: Callable[[RolloutService], Any]) -> tuple[Any, Any]:
+    """What ``work`` returns or raises on rank 0 and on rank 1."""
+    broadcast = FakeBroadcast()
+    results: list[Any] = [None, None]
+
+    def rank(number: int) -> None:
+        service = RolloutService(engine if number == 0 else None, broadcast, groups_per_batch=2)
+        service.start()
+        try:
+            results[number] = work(service)
+        except UserError as error:
+            results[number] = error
+        finally:
+            service.close()
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results[0], results[1]
+
+
+def test_all_ranks_get_the_same_groups_in_order() -> None:
+    def work(service: RolloutService) -> Any:
+        indices = []
+        for _ in range(3):
+            groups = service.next_batch()
+            indices += [(group.prompt.index, group.prompt.label, len(group.samples)) for group in groups]
+            service.pause()
+            service.resume()
+            service.release(len(groups))
+        return indices
+
+    def slow_for_some(body: dict[str, Any]) -> Any:
+        time.sleep(0.01 * body["input_ids"][0])
+        return answer([5])
+
+    main, other = run_ranks(make_engine(slow_for_some, max_staleness=1), work)
+    assert main == other and [index for index, _, _ in main] == list(range(6))
+
+
+def test_evaluation_keeps_the_order_of_its_prompts() -> None:
+    prompts = PromptDataset([PromptRecord(np.array([i], np.int32), str(i), {}) for i in (3, 1, 2)], "memory").prompts()
+    sampling = SamplingParams(4, temperature=0, evaluation=True)
+    main, other = run_ranks(
+        make_engine(lambda body: answer(body["input_ids"])),
+        lambda service: [[s.response_ids.tolist() for s in g.samples] for g in service.evaluate(prompts, 2, sampling)],
+    )
+    assert main == other == [[[3], [3]], [[1], [1]], [[2], [2]]]
+
+
+def test_a_reward_that_raises_is_raised_on_every_rank() -> None:
+    def broken(sample: Sample) -> float:
+        raise KeyError("x")
+
+    main, other = run_ranks(make_engine(lambda body: answer([5]), reward=broken), lambda service: service.next_batch())
+    assert isinstance(main, UserError) and "KeyError" in str(main)
+    assert str(main) == str(other)
+
+
+def test_a_server_that_died_is_reported_with_its_log() -> None:
+    def gone(body: Any) -> None:
+        raise httpx.ReadError("connection lost")
+
+    def check() -> None:
+        raise UserError("the SGLang server ended with status 1; the end of its log: boom")
+
+    main, other = run_ranks(make_engine(gone, check_servers=check), lambda service: service.next_batch())
+    assert "boom" in str(main) and str(main) == str(other)
+
+
+def test_progress_is_reported() -> None:
+    told: list[tuple[int, int]] = []
+    engine = make_engine(lambda body: answer([5]), on_progress=lambda done, total: told.append((done, total)))
+    run_ranks(engine, lambda service: service.next_batch())
+    assert told[-1] == (2, 2)
+
+
+def test_the_state_is_that_of_the_groups_taken() -> None:
+    engine = make_engine(lambda body: answer([5]), max_staleness=2)
+    engine.start()
+    try:
+        assert engine.state_dict()["position"] == 0
+        engine.take(2)
+        assert engine.state_dict()["position"] == 2
+        engine.take(2)
+        engine.take(2)
+        with pytest.raises(RuntimeError, match="before a release"):
+            engine.take(2)
+    finally:
+        engine.close()

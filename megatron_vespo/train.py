@@ -13,6 +13,7 @@ from types import FrameType
 from megatron_vespo.checks import check_config, describe_layout, prepare_run_folder
 from megatron_vespo.config import Config, describe_config, dump_config, load_config
 from megatron_vespo.errors import UserError
+from megatron_vespo.logs import RankLog
 from megatron_vespo.rollout.server import SGLangServer
 
 
@@ -42,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     signal.signal(signal.SIGTERM, _leave)
+    log = RankLog()
     config: Config | None = None
     try:
         config = load_config(options.config, options.overrides)
         check_config(config, int(os.environ["WORLD_SIZE"]))
-        run(config)
+        run(config, log)
     except UserError as error:
         _report(error, config)
         return 1
@@ -72,7 +74,7 @@ def _report(error: UserError, config: Config | None) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def run(config: Config) -> None:
+def run(config: Config, log: RankLog) -> None:
     """Train as the configuration says; on one rank of the job."""
     main_rank = os.environ["RANK"] == "0"
     with ExitStack() as stack:
@@ -88,6 +90,8 @@ def run(config: Config) -> None:
 
         parallel.initialize(config.megatron, config.run.seed)
         stack.callback(parallel.shutdown)
+        # Only now: rank 0 made the run folder before it joined the others.
+        log.write_to(config.run_folder / "logs" / f"rank_{parallel.rank()}.log")
         train(config, server, stack, layout=describe_layout(config, parallel.world_size()))
 
 

@@ -27,7 +27,7 @@ def _child(
     rank: int,
     size: int,
     port: int,
-    megatron: dict[str, Any],
+    megatron: dict[str, Any] | None,
     function: Callable[..., Any],
     args: tuple,
 ) -> None:
@@ -37,7 +37,8 @@ def _child(
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in env.items()})
     try:
-        parallel.initialize(megatron, seed=1, timeout_minutes=2)
+        if megatron is not None:
+            parallel.initialize(megatron, seed=1, timeout_minutes=2)
         # Plain pickle: torch's own reduction would share memory with a process that is about to end.
         connection.send_bytes(pickle.dumps((True, function(*args))))
     except BaseException:  # noqa: BLE001 - the parent raises it
@@ -47,14 +48,21 @@ def _child(
         os._exit(0)  # neither the parent's pytest nor its atexit handlers may run here
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, **megatron: Any) -> list[Any]:
-    """``function(*args)`` on ``size`` ranks with this ``megatron:`` section; results in rank order."""
+def run_ranks(
+    size: int, function: Callable[..., Any], *args: Any, initialize: bool = True, **megatron: Any
+) -> list[Any]:
+    """``function(*args)`` on ``size`` ranks with this ``megatron:`` section; results in rank order.
+
+    With ``initialize=False`` the function joins the job itself.
+    """
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(theirs, rank, size, port, megatron, function, args))
+        process = context.Process(
+            target=_child, args=(theirs, rank, size, port, megatron if initialize else None, function, args)
+        )
         process.start()
         theirs.close()
         pipes.append(ours)

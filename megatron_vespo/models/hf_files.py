@@ -77,7 +77,11 @@ class HfWriter:
         self._held = self._total = self._files = 0
 
     def add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take tensors; they are copied to the CPU at once."""
+        """Take tensors; they are copied to the CPU at once.
+
+        Raises:
+            OSError: A file could not be written.
+        """
         for name, tensor in tensors:
             self._shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
             self._held += tensor.nbytes
@@ -95,7 +99,10 @@ class HfWriter:
             return
         self._files += 1
         file = f"model-{self._files:05d}.safetensors"
-        save_file(self._shard, self._folder / file, metadata={"format": "pt"})
+        try:
+            save_file(self._shard, self._folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # not an OSError, even where the disk is full
+            raise OSError(str(error)) from error
         self._file_of.update(dict.fromkeys(self._shard, file))
         self._total += self._held
         self._shard, self._held = {}, 0

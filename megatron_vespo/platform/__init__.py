@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from megatron_vespo.platform import cpu
@@ -14,8 +12,6 @@ def prepare() -> None:
     if torch.cuda.is_available():
         return
     cpu.install()
-    # Megatron says at import, once a module, that neither Transformer Engine nor apex is here.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
 
 
 def device() -> torch.device:

@@ -44,6 +44,7 @@ class SGLangClient:
         self.vocab_size = vocab_size
         self._slots = asyncio.Semaphore(max_concurrent)
         self._info: ServerInfo | None = None
+        self._asking = asyncio.Lock()
         self._http = httpx.AsyncClient(
             base_url=self.base_url,
             timeout=httpx.Timeout(timeout, connect=protocol.CONNECT_TIMEOUT_SECONDS, pool=None),
@@ -89,7 +90,8 @@ class SGLangClient:
 
     async def limits(self) -> ServerInfo:
         """The same, asked once: lengths do not change while a server lives."""
-        return self._info or await self.info()
+        async with self._asking:  # hundreds of first requests must not all ask
+            return self._info or await self.info()
 
     async def close(self) -> None:
         """Close all connections; requests in flight fail."""

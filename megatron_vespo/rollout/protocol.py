@@ -19,7 +19,7 @@ from megatron_vespo.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Float
 
 # SGLang keeps two tokens of the context for itself and silently generates fewer tokens rather than refuse.
 RESERVED_CONTEXT_TOKENS = 2
-CONNECT_TIMEOUT_SECONDS = 10.0
+CONNECT_TIMEOUT_SECONDS = 60.0  # a loaded machine accepts late; where nothing listens, the refusal comes at once
 # uvicorn drops idle connections after 5 s; ours must be given up before, or a request may race with that.
 KEEPALIVE_SECONDS = 2.0
 MESSAGE_LENGTH = 800

@@ -156,7 +156,7 @@ def test_the_limits_are_what_the_server_really_generates(pushed: SGLangServer) -
 def test_the_server_says_why_it_refuses(sglang_server: SGLangServer, control: SGLangControl, tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"/update_weights_from_disk failed with status 400: Failed"):
         control.update_weights_from_disk(tmp_path, version=1)
-    with pytest.raises(ServerError, match=r"/pause_generation failed with status 400: .*'abort', 'retract'"):
+    with pytest.raises(ServerError, match=r"(?s)/pause_generation failed with status 400: .*'abort', 'retract'"):
         control.pause_generation("slowly")  # type: ignore[arg-type]
     assert control.ready()
 

@@ -1,0 +1,31 @@
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := help
+
+READY := .venv/.ready
+
+help:
+	@echo "make demo   set everything up and run the demo: a tiny MoE learns arithmetic with VESPO (about 5 minutes)"
+	@echo "make test   set everything up and run all tests"
+	@echo "make lint   ruff and mypy"
+
+$(READY): constraints.txt tools/requirements-cpu.txt tools/setup_env.sh setup.py
+	tools/setup_env.sh .venv
+	touch $@
+
+demo: $(READY)
+	examples/digits_cpu/run.sh
+
+test: $(READY)
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: $(READY)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv runs build *.egg-info

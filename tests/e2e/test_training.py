@@ -1,0 +1,163 @@
+"""The loop with the real SGLang and the real Megatron-Core, two ranks with expert parallelism."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_vespo import assemble, parallel
+from megatron_vespo.config import load_config, parse_config
+from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.metrics.records import read_metrics
+from megatron_vespo.models.registry import load_architecture
+from megatron_vespo.policy.objectives import denominators
+from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.train import main
+from megatron_vespo.types import Sample
+from tests.ranks import run_ranks
+
+PROMPTS = [[3, 4, 5], [6, 7], [8], [9, 10, 11, 12, 13]]
+
+
+def reward_of_length(sample: Sample) -> float:
+    """Something that differs between samples of a group."""
+    return float(len(sample.response_ids) % 3)
+
+
+def make_tree(server: SGLangServer, folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+    data = folder / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": ids, "label": "x"}) + "\n" for ids in PROMPTS))
+    tree: dict[str, Any] = {
+        "run": {"name": "run", "folder": str(folder / "runs")},
+        "model": {"hf_path": str(server.model_path), "make_vocab_size_divisible_by": 16},
+        "megatron": {"expert_model_parallel_size": 2, "use_distributed_optimizer": True, "lr": 1e-3},
+        "data": {"train": str(data), "evaluation": {"held": str(data)}},
+        "rollout": {
+            "prompts_per_step": 4,
+            "samples_per_prompt": 4,
+            "max_new_tokens": 24,
+            "temperature": 0.8,
+            "server": {"url": server.url},
+        },
+        "reward": {"function": f"{__file__}:reward_of_length"},
+        "training": {"steps": 2, "minibatches_per_step": 2, "max_tokens_per_microbatch": 64},
+        "logging": {"tensorboard": True, "rollout_groups": 2},
+    }
+    for section, fields in changes.items():
+        tree[section] = {**tree.get(section, {}), **fields}
+    return tree
+
+
+def push_generate_compare(tree: dict[str, Any]) -> list[float]:
+    """Three rounds of push, generate, score by the trainer, update; the largest difference of log-probs in each."""
+    config = parse_config(tree)
+    with ExitStack() as stack:
+        architecture = load_architecture(config.model.hf_path)
+        tokenizer = load_tokenizer(config.model.hf_path)
+        trainer = assemble.make_trainer(config, architecture)
+        rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, None, stack)
+        algorithm, schedule = assemble.make_algorithm(config), assemble.make_schedule(config)
+        differences = []
+        for version in range(3):
+            rollouts.weight_sync.push(version)
+            if version == 0:
+                rollouts.service.start()
+            groups = rollouts.service.next_batch()
+            samples = [sample for group in groups for sample in group.samples]
+            assert all((sample.weight_versions == version).all() for sample in samples)
+            plan = schedule.plan(samples).ranks[parallel.data_parallel_rank()]
+            log_pi = trainer.policy.log_probs(samples, plan)
+            differences.append(
+                max(float(np.abs(ours - s.log_mu).max()) for ours, s in zip(log_pi, samples, strict=True))
+            )
+            algorithm.assign_advantages(groups)
+            assert denominators(samples).tokens > 50
+            trainer.policy.forward_backward(samples, plan, algorithm.objective(samples))
+            trainer.policy.optim_step()
+            if version < 2:
+                # A push between taking and releasing, as in the loop: nothing is in flight.
+                rollouts.weight_sync.push(version + 1)
+                rollouts.service.release(len(groups))
+        return differences
+
+
+@pytest.mark.parametrize("transport", ["disk", "broadcast"])
+def test_trainer_and_server_agree_after_every_push(sglang_server: SGLangServer, tmp_path: Path, transport: str) -> None:
+    tree = make_tree(sglang_server, tmp_path, weight_sync={"transport": transport}, training={"steps": 6})
+    for differences in run_ranks(2, push_generate_compare, tree, **tree["megatron"]):
+        assert max(differences) < 1e-4, differences
+
+
+def run_main(config_file: Path, overrides: list[str]) -> int:
+    return main([str(config_file), *overrides])
+
+
+def write_config(folder: Path, tree: dict[str, Any]) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path
+
+
+@pytest.mark.parametrize("behavior", ["rollout", "recompute"])
+def test_a_run_leaves_what_it_promises(sglang_server: SGLangServer, tmp_path: Path, behavior: str) -> None:
+    path = write_config(tmp_path, make_tree(sglang_server, tmp_path, checkpoint={"interval": 1}))
+    arguments = [f"rollout.behavior_logprobs={behavior}", "weight_sync.transport=disk"]
+    assert run_main_on_ranks(2, path, arguments) == [0, 0]
+    folder = tmp_path / "runs" / "run"
+    for name in ("config.yaml", "summary.md", "learning_curve.png", "tensorboard", "rollouts/step_000002.jsonl"):
+        assert (folder / name).exists(), name
+    assert load_config(folder / "config.yaml").training.steps == 2
+    records = read_metrics(folder / "metrics.jsonl")
+    assert records.steps == [0, 1, 2] and records.unreadable_lines == 0
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3  # one object a step
+    for step in records.values[1:]:
+        for name in ("vespo/log_w_abs_mean", "vespo/ess_w", "vespo/ess_phi", "vespo/phi_small_share_neg"):
+            assert name in step
+        assert step["rollout/staleness_max"] == 1  # N = 2: at most N - 1 updates old, and that is reached
+    assert records.values[1]["train/log_ratio_abs_max"] < 0.2
+    assert records.values[2]["train/policy_version"] == 4
+    assert "eval/held/accuracy" in records.values[0] and "eval/held/accuracy" in records.values[2]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_000001", "step_000002"]
+    assert not (folder / "weights").exists()  # the disk transport cleans up
+
+
+def run_main_on_ranks(size: int, path: Path, overrides: list[str]) -> list[int]:
+    """``train`` in forked ranks; it initialises Megatron itself."""
+    return run_ranks(size, run_main, path, overrides, initialize=False)
+
+
+def failing_reward(sample: Sample) -> float:
+    raise ZeroDivisionError("no partial credit")
+
+
+BAD_INPUTS = {
+    "reward function that raises": ([f"reward.function={__file__}:failing_reward"], "failing_reward failed on sample"),
+    "reward function that is missing": ([f"reward.function={__file__}:no_such"], "no_such"),
+    "prompt longer than the context": (["rollout.max_new_tokens=511"], "the limit is 1"),
+    "no room for a prompt": (["rollout.max_new_tokens=600"], "leaves no room for a prompt"),
+    "unknown kernel parameter": (["algorithm.kernel_params={c9: 1}"], "algorithm.kernel_params"),
+    "server that is not there": (["rollout.server.url='http://127.0.0.1:9'"], "127.0.0.1:9"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_clear_error(
+    sglang_server: SGLangServer, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides, message = BAD_INPUTS[name]
+    tree = make_tree(sglang_server, tmp_path)
+    Path(tree["data"]["train"]).write_text(json.dumps({"prompt": [5, 6], "label": "x"}) + "\n")
+    path = write_config(tmp_path, tree)
+    assert run_main_on_ranks(2, path, overrides) == [1, 1]
+    printed = capfd.readouterr().err
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0], printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+    sglang_server.check_alive()  # a server that is not the run's own is left alone

@@ -1,0 +1,107 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vespo.checks import check_config, describe_layout, prepare_run_folder
+from megatron_vespo.config import Config, dump_config, load_config, parse_config
+from megatron_vespo.errors import UserError
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    """A configuration that passes."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").touch()
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1"}\n')
+    return {
+        "run": {"name": "r", "folder": str(tmp_path / "runs")},
+        "model": {"hf_path": str(model)},
+        "data": {"train": str(tmp_path / "train.jsonl")},
+        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 4},
+        "training": {"steps": 1, "minibatches_per_step": 2},
+    }
+
+
+def refusal(config: Config, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        check_config(config, world_size)
+    return str(caught.value)
+
+
+def test_a_good_config_passes(tree: dict[str, Any]) -> None:
+    check_config(parse_config(tree), 4)
+
+
+def test_a_missing_checkpoint_is_named(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["model"]["hf_path"] = str(tmp_path / "nowhere")
+    message = refusal(parse_config(tree))
+    assert message.startswith("model.hf_path: ")
+    assert "config.json not found" in message
+
+
+def test_a_checkpoint_without_weights_must_be_asked_for(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert "model.initialize=random" in refusal(parse_config(tree))
+    tree["model"]["initialize"] = "random"
+    check_config(parse_config(tree), 1)
+
+
+def test_a_layout_that_does_not_fit_names_the_field(tree: dict[str, Any]) -> None:
+    tree["megatron"] = {"tensor_model_parallel_size": 2}
+    message = refusal(parse_config(tree), 3)
+    assert "tensor_model_parallel_size" in message
+    assert "3 ranks" in message
+
+
+def test_fewer_samples_than_replicas(tree: dict[str, Any]) -> None:
+    message = refusal(parse_config(tree), 5)
+    assert "training.minibatches_per_step = 4 samples are fewer than the 5 data-parallel ranks" in message
+    tree |= {"objective": "sft"}
+    tree["training"]["samples_per_step"] = 3
+    assert "training.samples_per_step = 3 samples are fewer than the 4" in refusal(parse_config(tree), 4)
+
+
+@pytest.mark.parametrize("field", ["data.train", "data.evaluation.held"])
+def test_missing_and_empty_data_are_named(tree: dict[str, Any], tmp_path: Path, field: str) -> None:
+    path = tmp_path / "data.jsonl"
+    if field == "data.train":
+        tree["data"]["train"] = str(path)
+    else:
+        tree["data"]["evaluation"] = {"held": str(path)}
+    assert refusal(parse_config(tree)) == f"{field}: {path} not found"
+    path.touch()
+    assert refusal(parse_config(tree)).startswith(f"{field}: {path} is empty")
+
+
+def test_an_unknown_server_argument_is_found_early(tree: dict[str, Any]) -> None:
+    tree["sglang"] = {"max_total_tokenz": 1}
+    assert "max_total_tokens" in refusal(parse_config(tree))
+
+
+def test_an_existing_run_is_kept_unless_told(tree: dict[str, Any]) -> None:
+    config = parse_config(tree)
+    prepare_run_folder(config, dump_config(config))
+    assert (config.run_folder / "logs").is_dir()
+    assert load_config(config.run_folder / "config.yaml") == config
+    (config.run_folder / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="run.overwrite=true"):
+        prepare_run_folder(config, dump_config(config))
+    assert (config.run_folder / "metrics.jsonl").exists()
+    tree["run"]["overwrite"] = True
+    prepare_run_folder(parse_config(tree), "")
+    assert not (config.run_folder / "metrics.jsonl").exists()
+
+
+def test_an_empty_run_folder_is_no_earlier_run(tree: dict[str, Any]) -> None:
+    config = parse_config(tree)
+    config.run_folder.mkdir(parents=True)
+    prepare_run_folder(config, "")
+
+
+def test_the_layout_in_words(tree: dict[str, Any]) -> None:
+    assert describe_layout(parse_config(tree), 1) == "1 rank, TP1 PP1 EP1 DP1"
+    tree["megatron"] = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}
+    assert describe_layout(parse_config(tree), 4) == "4 ranks, TP2 PP1 EP4 DP2"

@@ -32,8 +32,10 @@ FREE_PORTS = range(20000, 32000)
 
 LOG_TAIL_LINES = 15
 LOG_LINE_LENGTH = 300
-# Lines that say nothing about a failure: requests served, progress bars, the dump of all arguments.
-_LOG_NOISE = re.compile(r"INFO: +[\d.]+:\d+ - |\d+%\||server_args=|Completed \||Triton is not supported|^\s*[\^~]+\s*$")
+# Lines that say nothing about a failure: requests served, progress bars, the dump of all arguments, the usage text.
+_LOG_NOISE = re.compile(
+    r"INFO: +[\d.]+:\d+ - |\d+%\||server_args=|Completed \||Triton is not supported|^\s*[\^~]+\s*$|^usage:|^\s+\[-"
+)
 
 
 class SGLangServer:

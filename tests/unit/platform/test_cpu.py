@@ -19,6 +19,7 @@ def megatron(name: str) -> types.ModuleType:
     return importlib.import_module(f"megatron.core.{name}")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_torch_itself_is_unchanged() -> None:
     assert not torch.cuda.is_available()
     ours = [

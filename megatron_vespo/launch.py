@@ -46,6 +46,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
+        run_id="megatron_vespo",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",

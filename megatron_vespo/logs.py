@@ -25,6 +25,10 @@ class RankLog:
         logging.captureWarnings(True)
         warnings.simplefilter("default")
 
+    def adopt(self, name: str) -> None:
+        """Take over a library's logger that prints to the standard error stream by a handler of its own."""
+        logging.getLogger(name).handlers.clear()
+
     def write_to(self, path: Path) -> None:
         """Write what was collected and all that follows to a file."""
         handler = logging.FileHandler(path, encoding="utf-8")

@@ -85,6 +85,9 @@ def run(config: Config, log: RankLog) -> None:
                 # Before the slow imports: the server does its own meanwhile.
                 server = stack.enter_context(start_server(config))
 
+        import torch  # noqa: F401 - its logger exists from here on
+
+        log.adopt("torch")
         from megatron_vespo import parallel
         from megatron_vespo.training import train
 

@@ -28,7 +28,7 @@ class TokenLogProbs:
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, *, vocab_size: int, temperature: float) -> TokenLogProbs:
-    """Log-probabilities of ``targets`` under softmax(logits / temperature), in float32 (float64 stays).
+    """Log-probabilities of ``targets`` under softmax(logits / temperature), in float32.
 
     Args:
         logits: This rank's part of the vocabulary, [T, V / tensor-parallel size].
@@ -36,14 +36,13 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, vocab_size: int, tempera
         vocab_size: Size without padding; padded entries get probability 0.
         temperature: The sampler's, so that pi is the distribution that mu is of.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scaled = logits.to(dtype) / temperature  # a new tensor: Megatron's cross entropy works in place
+    scaled = logits.float() / temperature  # a new tensor: Megatron's cross entropy works in place
     first = parallel.tensor_parallel_rank() * scaled.shape[-1]
     real = max(min(vocab_size - first, scaled.shape[-1]), 0)
     if real < scaled.shape[-1]:
         padding = torch.arange(scaled.shape[-1], device=scaled.device) >= real
         # Not -inf: a shard that is all padding would give inf - inf in the entropy.
-        scaled = scaled.masked_fill(padding, torch.finfo(dtype).min / 2)
+        scaled = scaled.masked_fill(padding, torch.finfo(torch.float32).min / 2)
     with torch.no_grad():
         entropy, most_likely = _entropy_and_argmax(scaled, first)
     log_pi = -vocab_parallel_cross_entropy(scaled.unsqueeze(1), targets.unsqueeze(1)).squeeze(1)

@@ -99,8 +99,16 @@ class SGLangClient:
 
     async def _send(self, request: Request) -> Any:
         async with self._slots:
-            try:
-                response = await self._http.request(request.method, request.route, json=request.body)
-            except httpx.TransportError as error:
-                raise protocol.connection_error(self.base_url, request, error) from error
+            response = await self._attempt(request)
         return protocol.parse_response(self.base_url, request, response)
+
+    async def _attempt(self, request: Request) -> httpx.Response:
+        attempts = protocol.CONNECTION_ATTEMPTS
+        while True:
+            attempts -= 1
+            try:
+                return await self._http.request(request.method, request.route, json=request.body)
+            except httpx.TransportError as error:
+                if not attempts or not isinstance(error, protocol.BROKEN_CONNECTION):
+                    raise protocol.connection_error(self.base_url, request, error) from error
+            await asyncio.sleep(protocol.CONNECTION_RETRY_SECONDS)

@@ -20,8 +20,14 @@ from megatron_vespo.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Float
 # SGLang keeps two tokens of the context for itself and silently generates fewer tokens rather than refuse.
 RESERVED_CONTEXT_TOKENS = 2
 CONNECT_TIMEOUT_SECONDS = 60.0  # a loaded machine accepts late; where nothing listens, the refusal comes at once
-# uvicorn drops idle connections after 5 s; ours must be given up before, or a request may race with that.
+# uvicorn drops idle connections after 5 s unless told otherwise (our own servers are); ours must be given up before, or
+# a request may race with that.
 KEEPALIVE_SECONDS = 2.0
+# On a loaded machine it races all the same. Only an established connection that broke is tried again: a server that is
+# gone refuses the next one, and sampling twice what nobody received does no harm.
+BROKEN_CONNECTION = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.CloseError)
+CONNECTION_ATTEMPTS = 4
+CONNECTION_RETRY_SECONDS = 0.25
 MESSAGE_LENGTH = 800
 
 
@@ -158,7 +164,7 @@ def connection_error(url: str, request: Request, error: httpx.TransportError) ->
     """The error for a request that got no answer."""
     if isinstance(error, httpx.TimeoutException):
         return ServerGoneError(f"{url}{request.route}: no answer in time ({type(error).__name__}): the server hangs")
-    return ServerGoneError(f"{url}{request.route}: the server is gone or unreachable ({error or type(error).__name__})")
+    return ServerGoneError(f"{url}{request.route}: the server is gone or unreachable ({type(error).__name__}: {error})")
 
 
 def parse_info(answers: Sequence[Any]) -> ServerInfo:

@@ -56,6 +56,8 @@ SERVER_ENVIRONMENT: dict[str, str | None] = {
     # A crash must reach the clients at once, not after a dump that takes up to a minute.
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+    # Connections idle while the trainer trains must not be dropped under a request that is on its way.
+    "SGLANG_TIMEOUT_KEEP_ALIVE": "3600",
     # torchrun's, which SGLang's own process groups would read.
     **dict.fromkeys(
         (

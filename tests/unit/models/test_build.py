@@ -22,9 +22,9 @@ REFUSED = {
     "megatron.variable_seq_lengths: fixed by the model": {"variable_seq_lengths": False},
     "megatron.tensor_model_parallel_size: ": {"tensor_model_parallel_size": "two"},
     "megatron.recompute_granularity: ": {"recompute_granularity": 3},
-    "megatron.layernorm_zero_centered_gamma: ": {"apply_layernorm_1p": True, "layernorm_zero_centered_gamma": "x"},
+    "megatron.layernorm_zero_centered_gamma: ": {"layernorm_zero_centered_gamma": "x"},
     "megatron.bf16 and megatron.fp16 exclude each other": {"bf16": True, "fp16": True},
-    "megatron: TransformerConfig refuses these options: ": {"recompute_granularity": "everything"},
+    "megatron: TransformerConfig refuses these options: ": {"sequence_parallel": True},
 }
 
 

@@ -150,3 +150,24 @@ def test_control_raises_on_success_false() -> None:
         with pytest.raises(ServerError, match="http://server:1/end_weight_update failed with status 200: no group"):
             control.end_weight_update()
         assert not control.ready()
+
+
+def test_a_broken_connection_is_tried_again_but_a_server_that_is_gone_is_not() -> None:
+    calls: list[int] = []
+
+    def breaks_twice(body: dict[str, Any]) -> Any:
+        calls.append(1)
+        if len(calls) <= 2:
+            raise httpx.ReadError("")
+        return answer([7])
+
+    assert asyncio.run(make_client(breaks_twice).generate([1], SAMPLING)).response_ids.tolist() == [7]
+    assert len(calls) == 3
+
+    def refuses(body: dict[str, Any]) -> Any:
+        calls.append(1)
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(ServerGoneError, match="ConnectError: refused"):
+        asyncio.run(make_client(refuses).generate([1], SAMPLING))
+    assert len(calls) == 4

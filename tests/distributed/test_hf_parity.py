@@ -1,0 +1,153 @@
+"""The Megatron model says what Hugging Face transformers says of the same weights and tokens, in every layout."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vespo import parallel
+from megatron_vespo.models.build import build_model, transformer_config
+from megatron_vespo.models.conversion import load_hf_weights
+from megatron_vespo.models.hf_files import HfReader
+from megatron_vespo.models.registry import load_architecture
+from megatron_vespo.policy.packing import pack
+from megatron_vespo.types import Prompt, Sample
+from tests.hf_reference import hf_log_probs
+from tests.ranks import run_ranks
+from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
+
+LENGTHS = (1, 7, 2, 30, 12)
+VOCABULARY = 50  # padded to 64, so that padding that leaks into the softmax shows
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "1 rank": {},
+    "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "EP2": {"expert_model_parallel_size": 2},
+}
+SIZES = {"1 rank": 1}
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Model folders, token sequences and what Hugging Face says of them."""
+
+    folders: dict[str, Path]
+    sequences: list[list[int]]
+    log_probs: dict[str, list[np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    root = tmp_path_factory.mktemp("parity")
+    size = {"vocab_size": VOCABULARY}
+    folders = [
+        make_tiny_qwen3_moe(root / "moe", **size),
+        make_tiny_qwen3_moe(root / "moe_not_renormalised", norm_topk_prob=False, **size),
+        make_tiny_qwen3_moe(root / "moe_tied", tie_word_embeddings=True, num_experts=8, **size),
+        make_tiny_qwen3(root / "dense", **size),
+        make_tiny_qwen3(root / "dense_tied", tie_word_embeddings=True, **size),
+    ]
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, VOCABULARY, length).tolist() for length in LENGTHS]
+    return Reference({f.name: f for f in folders}, sequences, hf_log_probs(folders, sequences, root / "scratch"))
+
+
+def megatron_logits(
+    folders: Sequence[Path], sequences: Sequence[Sequence[int]], megatron: dict[str, Any]
+) -> list[torch.Tensor] | None:
+    """Logits of the packed sequences, [tokens, this rank's share of the vocabulary], for each model; None upstream."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    # One token more, so that all of the sequence is input.
+    samples = [
+        Sample(
+            Prompt(number, np.array([*sequence, 0], dtype=np.int32)),
+            0,
+            np.zeros(0, np.int32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.int32),
+            "stop",
+        )
+        for number, sequence in enumerate(sequences)
+    ]
+    batch = pack(samples, range(len(samples)), alignment=parallel.tensor_parallel_size(), device=torch.device("cpu"))
+
+    def forward_step(_: Any, model: Any) -> Any:
+        output = model(
+            input_ids=batch.tokens.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=batch.packed_seq_params,
+        )
+        return output, lambda logits: (logits.sum(), logits)
+
+    results = []
+    for folder in folders:
+        architecture = load_architecture(folder)
+        config = transformer_config(architecture, megatron, "local")
+        model = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=16)
+        load_hf_weights(model, architecture, HfReader(folder))
+        logits = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[model.eval()],
+            num_microbatches=1,
+            seq_length=len(batch.tokens),
+            micro_batch_size=1,
+            forward_only=True,
+        )
+        results += [logits[0][0].detach().clone()] if parallel.is_last_stage() else []
+    return results or None
+
+
+def megatron_log_probs(
+    layout: str, folders: Sequence[Path], sequences: Sequence[Sequence[int]]
+) -> list[list[np.ndarray]]:
+    """For each model log softmax of every position of every sequence, over the real vocabulary."""
+    megatron = LAYOUTS[layout]
+    ranks = run_ranks(SIZES.get(layout, 2), partial(megatron_logits, folders, sequences, megatron), **megatron)
+    shards = [logits for logits in ranks if logits is not None]
+    if layout == "EP2":
+        # Both ranks saw the same tokens.
+        for one, other in zip(*shards, strict=True):
+            torch.testing.assert_close(one, other, atol=0, rtol=0)
+        shards = shards[:1]
+    answers = []
+    for number in range(len(folders)):
+        logits = torch.cat([shard[number] for shard in shards], dim=-1)
+        log_probs = logits[: sum(map(len, sequences)), :VOCABULARY].log_softmax(-1)
+        answers.append([part.numpy() for part in log_probs.split([len(sequence) for sequence in sequences])])
+    return answers
+
+
+def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_probabilities_equal_hugging_faces(reference: Reference, layout: str) -> None:
+    names = [name for name in reference.folders if layout != "EP2" or "moe" in name]
+    answers = megatron_log_probs(layout, [reference.folders[name] for name in names], reference.sequences)
+    differences = {
+        name: difference(answer, reference.log_probs[name]) for name, answer in zip(names, answers, strict=True)
+    }
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.mark.parametrize("field, value", [("rope_theta", 2e4), ("rms_norm_eps", 1e-2), ("norm_topk_prob", False)])
+def test_a_wrong_config_shows(reference: Reference, tmp_path: Path, field: str, value: Any) -> None:
+    folder = tmp_path / "wrong"
+    shutil.copytree(reference.folders["moe"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters")
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    (answer,) = megatron_log_probs("1 rank", [folder], reference.sequences)
+    assert difference(answer, reference.log_probs["moe"]) > 100 * TOLERANCE

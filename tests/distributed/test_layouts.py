@@ -1,0 +1,317 @@
+"""Every parallel layout, and every cut into microbatches, computes the same thing; and that thing is the formula."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vespo import parallel
+from megatron_vespo.algorithms.loss import Aggregation
+from megatron_vespo.algorithms.weights import KERNELS, VespoParams
+from megatron_vespo.errors import UserError
+from megatron_vespo.models.conversion import HfExporter
+from megatron_vespo.models.registry import load_architecture
+from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators
+from megatron_vespo.policy.policy import Table
+from megatron_vespo.types import FloatArray, Sample
+from tests.policies import load_model, make_plan, make_policy, off_policy_samples
+from tests.ranks import run_ranks
+from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
+
+VOCABULARY = 50  # padded to 64
+SAMPLES = 13
+UPDATES = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One objective and one cut into microbatches."""
+
+    objective: str
+    max_tokens: int
+    empty: bool = False
+
+
+CASES = {
+    "token-mean": Case("token-mean", 10_000),
+    "token-mean, many microbatches": Case("token-mean", 20),
+    "token-mean, an empty microbatch": Case("token-mean", 40, empty=True),
+    "seq-mean-token-sum": Case("seq-mean-token-sum", 30),
+    "next token": Case("next-token", 30, empty=True),
+}
+TP = {"tensor_model_parallel_size": 2}
+TP_SP = TP | {"sequence_parallel": True}
+EP = {"expert_model_parallel_size": 2}
+PP = {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "DP2": (2, "moe", {}),
+    "EP2": (2, "moe", EP),
+    "TP2 SP": (2, "moe", TP_SP),
+    "PP2": (2, "moe", PP),
+    "TP2 SP EP2": (4, "moe", TP_SP | EP),
+    "PP2 EP2": (4, "moe", PP | EP),
+    "TP2 SP DP2": (4, "moe", TP_SP),
+    "DP2 overlapped": (2, "moe", {"overlap_grad_reduce": True}),
+    "EP2 recompute": (
+        2,
+        "moe",
+        EP | {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    "dense tied DP2": (2, "dense_tied", {}),
+    "dense tied TP2": (2, "dense_tied", TP),
+    "dense tied TP2 SP": (2, "dense_tied", TP_SP),
+    "dense tied PP2": (2, "dense_tied", PP),
+    "dense tied TP2 PP2": (4, "dense_tied", TP_SP | PP),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What two updates on one minibatch did."""
+
+    log_probs: list[FloatArray]
+    tables: list[Table]
+    grad_norms: list[float]
+    weights: dict[str, Tensor]  # on rank 0, by their Hugging Face names
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "moe": make_tiny_qwen3_moe(root / "moe", vocab_size=VOCABULARY),
+        "dense_tied": make_tiny_qwen3(root / "dense_tied", vocab_size=VOCABULARY, tie_word_embeddings=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def samples(folders: dict[str, Path]) -> dict[str, list[Sample]]:
+    return {name: off_policy_samples(folder, SAMPLES) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def single(folders: dict[str, Path], samples: dict[str, list[Sample]]) -> dict[str, dict[str, Outcome]]:
+    """Outcomes on one rank, by model and case."""
+    return {
+        name: run_ranks(1, train, folder, samples[name], {}, list(CASES.values()))[0]
+        for name, folder in folders.items()
+    }
+
+
+def objective_of(name: str, samples: Sequence[Sample]) -> Objective:
+    if name == "next-token":
+        return NextToken(denominators(samples))
+    return PolicyGradient(KERNELS["vespo"], VespoParams(), Aggregation(name), denominators(samples))
+
+
+def train(
+    folder: Path, samples: Sequence[Sample], megatron: dict[str, Any], cases: Sequence[Case]
+) -> dict[str, Outcome]:
+    """For each case a fresh policy, updated twice; by the case's name."""
+    outcomes = {}
+    for case in cases:
+        policy = make_policy(folder, megatron)
+        plan = make_plan(samples, case.max_tokens, case.empty)
+        log_probs = policy.log_probs(samples, plan)
+        tables, norms = [], []
+        for _ in range(UPDATES):
+            tables.append(policy.forward_backward(samples, plan, objective_of(case.objective, samples)))
+            norms.append(policy.optim_step().grad_norm)
+        exporter = HfExporter(policy.module, load_architecture(folder))
+        weights = {name: tensor.clone() for bucket in exporter.stream() for name, tensor in bucket}
+        outcomes[next(name for name, value in CASES.items() if value == case)] = Outcome(
+            log_probs, tables, norms, weights
+        )
+    return outcomes
+
+
+def assert_same(ours: Outcome, theirs: Outcome, weights: bool = True) -> None:
+    close = {"rtol": 2e-5, "atol": 5e-6}
+    for one, other in zip(ours.log_probs, theirs.log_probs, strict=True):
+        np.testing.assert_allclose(one, other, **close)
+    for update, (mine, reference) in enumerate(zip(ours.tables, theirs.tables, strict=True)):
+        assert mine.keys() == reference.keys()
+        for name in reference:
+            np.testing.assert_allclose(mine[name], reference[name], err_msg=f"{name} of update {update}", **close)
+    np.testing.assert_allclose(ours.grad_norms, theirs.grad_norms, rtol=1e-5)
+    if weights:
+        assert ours.weights.keys() == theirs.weights.keys()
+        for name, tensor in theirs.weights.items():
+            torch.testing.assert_close(ours.weights[name], tensor, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- one layout equals another ---
+
+
+def test_the_update_does_something(single: dict[str, dict[str, Outcome]], folders: dict[str, Path]) -> None:
+    """What the comparisons below compare is neither zero nor alike for all objectives."""
+    for outcomes in single.values():
+        first = outcomes["token-mean"]
+        table = first.tables[0]
+        assert (table["tokens"] == 0).sum() == 2
+        assert 0.1 < table["phi"][table["tokens"] > 0].min() < table["phi"].max() < 1.25
+        assert np.abs(table["loss"]).max() > 1e-3
+        assert min(first.grad_norms) > 0.2, "so that clipping acts"
+        assert abs(first.grad_norms[1] / first.grad_norms[0] - 1) > 1e-3
+        assert abs(outcomes["seq-mean-token-sum"].grad_norms[0] / first.grad_norms[0] - 1) > 0.1
+        assert abs(outcomes["next token"].grad_norms[0] / first.grad_norms[0] - 1) > 0.1
+        other = outcomes["next token"].weights
+        assert all(float((first.weights[name] - other[name]).abs().max()) > 1e-4 for name in other if "norm" in name)
+
+
+def test_the_cut_into_microbatches_does_not_matter(single: dict[str, dict[str, Outcome]]) -> None:
+    for outcomes in single.values():
+        for name in ("token-mean, many microbatches", "token-mean, an empty microbatch"):
+            assert_same(outcomes[name], outcomes["token-mean"])
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["", "distributed optimizer"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_one_rank(
+    folders: dict[str, Path],
+    samples: dict[str, list[Sample]],
+    single: dict[str, dict[str, Outcome]],
+    layout: str,
+    distributed_optimizer: bool,
+) -> None:
+    size, model, megatron = LAYOUTS[layout]
+    megatron = megatron | {"use_distributed_optimizer": distributed_optimizer}
+    ranks = run_ranks(size, train, folders[model], samples[model], megatron, list(CASES.values()), **megatron)
+    for name in CASES:
+        for rank, outcomes in enumerate(ranks):
+            assert_same(outcomes[name], single[model][name], weights=rank == 0)
+
+
+# --- and that is the formula ---
+
+
+def plain_log_probs(model: Any, sample: Sample, temperature: float) -> Tensor:
+    """log pi of each response token, this sample alone, nothing packed, the plain torch way."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ids = torch.from_numpy(np.concatenate([sample.prompt.input_ids, sample.response_ids])).long()
+    if not len(sample.response_ids):
+        return torch.zeros(0)
+    borders = torch.tensor([0, len(ids) - 1], dtype=torch.int32)
+    logits = model(
+        input_ids=ids[None, :-1],
+        position_ids=torch.arange(len(ids) - 1)[None],
+        attention_mask=None,
+        packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders),
+    )[0, :, :VOCABULARY]
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(1, ids[1:, None])[-len(sample.response_ids) :, 0]
+
+
+def plain_loss(model: Any, samples: Sequence[Sample], objective: str, temperature: float) -> Tensor:
+    """The formula of the paper, summed sample by sample."""
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    total = torch.zeros(())
+    for sample in samples:
+        log_pi = plain_log_probs(model, sample, temperature)
+        if objective == "next-token":
+            total = total - log_pi.sum() / tokens
+            continue
+        w = (log_pi.detach() - torch.from_numpy(sample.log_mu)).sum().exp()
+        c1, c2 = (2, 3) if sample.advantage >= 0 else (3, 2)
+        phi = w**c1 * torch.exp(c2 * (1 - w))
+        divisor = tokens if objective == "token-mean" else len(samples)
+        total = total - phi * sample.advantage * log_pi.sum() / divisor
+    return total
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A loss, its gradient by parameter, and log pi of every sample."""
+
+    loss: float
+    gradient: dict[str, Tensor]
+    log_pi: list[FloatArray]
+
+
+def both_gradients(
+    folder: Path, samples: Sequence[Sample], objective: str, temperature: float
+) -> tuple[Gradient, Gradient]:
+    """By torch autograd of the formula, and by the policy in three microbatches, the last of them empty."""
+    model = load_model(folder, {})
+    loss = plain_loss(model, samples, objective, temperature)
+    loss.backward()
+    with torch.no_grad():
+        log_pi = [plain_log_probs(model, sample, temperature).numpy() for sample in samples]
+    plain = Gradient(float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}, log_pi)
+
+    policy = make_policy(folder, {}, temperature)
+    plan = [list(range(5)), list(range(5, len(samples))), []]
+    table = policy.forward_backward(samples, plan, objective_of(objective, samples))
+    gradient = {name: p.main_grad.clone() for name, p in policy.module.named_parameters()}
+    return plain, Gradient(float(table["loss"].sum()), gradient, policy.log_probs(samples, plan))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("objective", ["token-mean", "seq-mean-token-sum", "next-token"])
+def test_the_gradient_is_that_of_the_formula(
+    folders: dict[str, Path], samples: dict[str, list[Sample]], objective: str, temperature: float
+) -> None:
+    ((plain, policy),) = run_ranks(1, both_gradients, folders["moe"], samples["moe"], objective, temperature)
+    for one, other in zip(policy.log_pi, plain.log_pi, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
+    assert policy.loss == pytest.approx(plain.loss, rel=1e-5, abs=1e-7)
+    assert policy.gradient.keys() == plain.gradient.keys()
+    for name, gradient in plain.gradient.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            policy.gradient[name], gradient, rtol=0, atol=2e-5 * scale + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# --- what cannot be trained on ---
+
+
+def spoil_and_train(folder: Path, samples: Sequence[Sample], objective: str) -> str:
+    """Make the embedding of token 49 NaN and train."""
+    policy = make_policy(folder, {})
+    with torch.no_grad():
+        policy.module.embedding.word_embeddings.weight[49] = float("nan")
+    try:
+        policy.forward_backward(samples, [list(range(len(samples)))], objective_of(objective, samples))
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_nan_weights_name_the_samples(folders: dict[str, Path], samples: dict[str, list[Sample]]) -> None:
+    def with_prompt(sample: Sample, token: int) -> Sample:
+        return replace(sample, prompt=replace(sample.prompt, input_ids=np.array([token], dtype=np.int32)))
+
+    used = [sample for sample in samples["moe"] if len(sample.response_ids) and 49 not in sample.response_ids][:4]
+    spoiled = [with_prompt(sample, 49 if number in (1, 3) else 2) for number, sample in enumerate(used)]
+    for objective in ("token-mean", "next-token"):
+        (message,) = run_ranks(1, spoil_and_train, folders["moe"], spoiled, objective)
+        assert f"{used[1].name}, {used[3].name}" in message
+        assert "megatron.lr" in message
+        if objective == "token-mean":
+            assert used[0].name not in message.split("samples ")[1].split(" (")[0].split(", ")
+
+
+def step_on_infinity(folder: Path, samples: Sequence[Sample], megatron: dict[str, Any]) -> str:
+    policy = make_policy(folder, megatron)
+    policy.forward_backward(samples, make_plan(samples, 1000), objective_of("token-mean", samples))
+    if parallel.is_main():
+        next(iter(policy.module.parameters())).main_grad.fill_(float("inf"))
+    try:
+        policy.optim_step()
+    except UserError as error:
+        return str(error)
+    return "stepped"
+
+
+def test_an_infinite_gradient_is_an_error_on_every_rank(
+    folders: dict[str, Path], samples: dict[str, list[Sample]]
+) -> None:
+    messages = run_ranks(2, step_on_infinity, folders["moe"], samples["moe"], TP_SP, **TP_SP)
+    assert all("gradient norm is" in message and "megatron.lr" in message for message in messages)

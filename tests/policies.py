@@ -21,7 +21,7 @@ from megatron_vespo.types import FloatArray, Prompt, Sample
 from tests.ranks import run_ranks
 
 # Large eps: Adam's step is then a smooth function of the gradient, so that rounding stays small.
-OPTIMIZER = {"lr": 1e-2, "adam_eps": 1e-2, "clip_grad": 0.2, "weight_decay": 0.1}
+OPTIMIZER = {"lr": 3e-3, "adam_eps": 1e-2, "clip_grad": 0.2, "weight_decay": 0.1}
 
 
 def load_model(folder: Path, megatron: dict[str, Any]) -> Any:

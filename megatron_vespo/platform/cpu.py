@@ -2,9 +2,11 @@
 
 Megatron names the device "cuda" in its sources. Here every ``megatron.core`` module is handed its own ``torch``: a copy
 of the torch namespace in which those names mean the CPU. An import hook puts it in place right after each Megatron
-module has run, so nothing outside ``megatron.core`` can see it. (Wrapping ``torch.arange`` and friends in torch itself
-is shorter and wrong: Hugging Face models build their rotary tables under a "meta" device context, which a wrapper that
-rewrites devices turns into garbage.) ``torch.cuda.is_available()`` stays false everywhere.
+module has run, so nothing outside ``megatron.core`` can see it, and ``torch.cuda.is_available()`` stays false.
+
+Wrapping ``torch.arange`` and friends in torch itself is shorter and wrong. torch knows its factories by identity
+(torch/utils/_device.py, ``_device_constructors``): a wrapped one no longer obeys ``with torch.device("meta")``. Hugging
+Face models are built under it, and their rotary tables, in no checkpoint, came out as uninitialised memory.
 
 Two tensor methods cannot be reached through a namespace. They are replaced on ``torch.Tensor`` and change their answer
 only for callers inside ``megatron.core``.

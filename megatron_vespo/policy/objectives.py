@@ -94,7 +94,9 @@ class NextToken:
         """The microbatch's share of the loss and each sample's figures."""
         log_pi = logprobs.log_pi[batch.mask]
         if not bool(log_pi.isfinite().all()):
-            raise UserError(f"the loss is NaN or infinite on {', '.join(batch.names)}; lower megatron.lr")
+            bad = batch.sample_index[batch.mask][~log_pi.isfinite()].unique().tolist()
+            names = ", ".join(batch.names[i] for i in bad)
+            raise UserError(f"the loss is NaN or infinite in samples {names} (prompt/response); lower megatron.lr")
         loss = -log_pi.sum() / self.denominators.tokens
         columns = {
             "loss": -_per_sample(logprobs.log_pi.detach(), batch) / self.denominators.tokens,

@@ -87,7 +87,7 @@ def test_an_existing_run_is_kept_unless_told(tree: dict[str, Any]) -> None:
     assert (config.run_folder / "logs").is_dir()
     assert load_config(config.run_folder / "config.yaml") == config
     (config.run_folder / "metrics.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="run.overwrite=true"):
+    with pytest.raises(UserError, match=r"run\.overwrite=true"):
         prepare_run_folder(config, dump_config(config))
     assert (config.run_folder / "metrics.jsonl").exists()
     tree["run"]["overwrite"] = True

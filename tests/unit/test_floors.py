@@ -26,11 +26,11 @@ ALLOWED = {
     **dict.fromkeys(MEETING, WORDS | PURE | RUNTIME | POLICY | ROLLOUT | MEETING),
 }
 # Part -> packages of others that it must not import.
-FORBIDDEN = {
-    **dict.fromkeys(WORDS, {"torch", "megatron", "sglang", "transformers"}),
-    **dict.fromkeys(PURE, {"megatron", "sglang", "aiohttp", "requests"}),
-    **dict.fromkeys(POLICY, {"sglang"}),
-    **dict.fromkeys(ROLLOUT, {"megatron"}),
+FORBIDDEN: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(WORDS, ("torch", "megatron", "sglang", "transformers")),
+    **dict.fromkeys(PURE, ("megatron", "sglang", "aiohttp", "requests")),
+    **dict.fromkeys(POLICY, ("sglang",)),
+    **dict.fromkeys(ROLLOUT, ("megatron",)),
 }
 
 
@@ -56,19 +56,20 @@ def imports(source: str) -> Iterator[str]:
 
 def part(name: str) -> str:
     """megatron_vespo.<part>.anything -> part; the package itself is ''."""
-    return (name.split(".") + [""])[1]
+    return [*name.split("."), ""][1]
 
 
 def breaches(module: str, source: str) -> list[str]:
     """What this module may not import."""
-    here, found = part(module), []
-    for name in imports(source):
+    here = part(module)
+
+    def breach(name: str) -> bool:
         top = name.split(".")[0]
-        if top == PACKAGE and here in ALLOWED and part(name) not in ALLOWED[here]:
-            found.append(name)
-        elif top in FORBIDDEN.get(here, ()):
-            found.append(name)
-    return found
+        if top == PACKAGE:
+            return here in ALLOWED and part(name) not in ALLOWED[here]
+        return top in FORBIDDEN.get(here, ())
+
+    return [name for name in imports(source) if breach(name)]
 
 
 SOURCES = {module_name(path): path.read_text() for path in sorted((ROOT / PACKAGE).rglob("*.py"))}

@@ -113,7 +113,7 @@ def test_an_unsupported_value_is_refused(configs: dict[str, Config], read: Read,
 
 def test_scaled_rope_in_the_new_spelling_is_refused(configs: dict[str, Config], read: Read) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-    with pytest.raises(UserError, match="rope_scaling=.*yarn.* is not supported"):
+    with pytest.raises(UserError, match=r"rope_scaling=.*yarn.* is not supported"):
         read(configs["qwen3"] | {"rope_parameters": rope})
 
 

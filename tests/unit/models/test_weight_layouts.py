@@ -22,7 +22,12 @@ def sharded(draw: st.DrawFn) -> Case:
         queries, keys = groups * heads_a_group * unit, groups * unit
         return layout, shards, (queries + 2 * keys) // shards, {0: queries, 1: keys, 2: keys}
     if kind == "gate_up":
-        return gate_up("size")({"size": shards * unit}, shards, 0), shards, 2 * unit, {0: shards * unit, 1: shards * unit}
+        return (
+            gate_up("size")({"size": shards * unit}, shards, 0),
+            shards,
+            2 * unit,
+            {0: shards * unit, 1: shards * unit},
+        )
     if kind == "columns":
         layout = columns_of("a", "b")({"a": shards, "b": unit}, shards, 0)
         return layout, shards, unit, {0: shards * unit}

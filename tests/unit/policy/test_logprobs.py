@@ -66,7 +66,9 @@ def test_log_probabilities_equal_torchs(size: int) -> None:
             for name in ("log_pi", "entropy", "correct"):
                 torch.testing.assert_close(rank[number][name], want[name], atol=2e-6, rtol=2e-6)
         gradient = torch.cat([rank[number]["gradient"] for rank in ranks], dim=1)
-        torch.testing.assert_close(gradient, want["gradient"], atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6)
+        torch.testing.assert_close(
+            gradient, want["gradient"], atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 2e-6
+        )
 
 
 def test_the_reference_has_something_to_say() -> None:

@@ -18,6 +18,7 @@ setup(
         "pydantic>=2",
         "pyyaml",
         "httpx",
+        "aiohttp",
         "msgspec",
         "rich",
         "matplotlib",

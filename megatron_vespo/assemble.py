@@ -135,17 +135,14 @@ def make_recorder(config: Config, tokenizer: Tokenizer, facts: dict[str, str]) -
     sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl")]
     if config.logging.tensorboard:
         sinks.append(TensorBoardSink(folder / "tensorboard"))
-    rl = config.objective == "rl"
-    return Recorder(
-        steps,
-        Console(steps, RL_COLUMNS if rl else SFT_COLUMNS),
-        sinks,
-        RolloutSink(folder / "rollouts", config.logging.rollout_groups, lambda ids: tokenizer.decode(ids.tolist()))
-        if rl
-        else None,
-        folder,
-        facts,
-    )
+    if config.objective == "sft":
+        console, rollout_sink = Console(steps, SFT_COLUMNS), None
+    else:
+        console = Console(steps, RL_COLUMNS)
+        rollout_sink = RolloutSink(
+            folder / "rollouts", config.logging.rollout_groups, lambda ids: tokenizer.decode(ids.tolist())
+        )
+    return Recorder(steps, console, sinks, rollout_sink, folder, facts, config.logging.console_interval)
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,10 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
-    """What is kept of each step besides the numbers."""
+    """What is shown and kept of each step."""
 
+    console_interval: int = Field(default=1, ge=1)
+    """Steps between lines on the console; metrics.jsonl holds every step."""
     tensorboard: bool = True
     """Write TensorBoard scalars."""
     rollout_groups: int = Field(default=2, ge=0)

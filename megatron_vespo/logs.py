@@ -27,7 +27,9 @@ class RankLog:
 
     def adopt(self, name: str) -> None:
         """Take over a library's logger that prints to the standard error stream by a handler of its own."""
-        logging.getLogger(name).handlers.clear()
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
 
     def write_to(self, path: Path) -> None:
         """Write what was collected and all that follows to a file."""

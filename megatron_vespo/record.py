@@ -25,6 +25,7 @@ class Recorder:
         rollout_sink: Where sampled texts go; None but on rank 0.
         run_folder: For the summary.
         facts: What the summary says of the run besides its metrics.
+        console_interval: Steps between lines on the console.
     """
 
     def __init__(
@@ -35,9 +36,12 @@ class Recorder:
         rollout_sink: RolloutSink | None,
         run_folder: Path,
         facts: Mapping[str, str],
+        console_interval: int = 1,
     ) -> None:
         self._total_steps, self._console, self._sinks = total_steps, console, sinks
         self._rollout_sink, self._run_folder, self._facts = rollout_sink, run_folder, facts
+        self._console_interval = console_interval
+        self._accuracy: dict[str, list[float]] = {}
         self._timers = Timers()
         self._step_began = time.monotonic()
 
@@ -75,7 +79,7 @@ class Recorder:
         self._write(step, values)
         if self._rollout_sink is not None and groups:
             self._rollout_sink.write(step, groups, log_w)
-        if self._console is not None:
+        if self._console is not None and (step % self._console_interval == 0 or step == self._total_steps):
             self._console.step(step, values)
         self._show_accuracy(step, values)
 
@@ -88,22 +92,27 @@ class Recorder:
         self._step_began = time.monotonic()
 
     def finish(self) -> None:
-        """Write the summary and the learning curve and close everything."""
+        """Write the summary and the learning curve, say what came out, and close everything."""
         for sink in self._sinks:
             sink.close()
-        if self._console is not None:
-            self._console.close()
-            write_report(self._run_folder, self._facts, self._total_steps)
+        if self._console is None:
+            return
+        write_report(self._run_folder, self._facts, self._total_steps)
+        for name, values in self._accuracy.items():
+            self._console.message(f"held-out accuracy of {name}: {values[0]:.3f} before, {values[-1]:.3f} after")
+        self._console.message(f"summary: {self._run_folder / 'summary.md'}")
+        self._console.close()
 
     def _write(self, step: int, values: Mapping[str, float | None]) -> None:
         for sink in self._sinks:
             sink.write(step, values)
 
     def _show_accuracy(self, step: int, values: Mapping[str, float | None]) -> None:
-        accuracies = [
-            f"{name.removesuffix('/accuracy')} {value:.3f}"
-            for name, value in values.items()
-            if name.endswith("/accuracy") and name.startswith("eval/") and value is not None
-        ]
-        if self._console is not None and accuracies:
-            self._console.message(f"held-out accuracy after step {step}: {', '.join(accuracies)}")
+        shown = []
+        for key, value in values.items():
+            if key.startswith("eval/") and key.endswith("/accuracy") and value is not None:
+                name = key.removeprefix("eval/").removesuffix("/accuracy")
+                self._accuracy.setdefault(name, []).append(value)
+                shown.append(f"{name} {value:.3f}")
+        if self._console is not None and shown:
+            self._console.message(f"held-out accuracy after step {step}: {', '.join(shown)}")

@@ -3,8 +3,8 @@
     prompt    3 1 4 1 5 9 2 6 =
     response  3 4 3 4 4 3 0 1 # 1 <eos>
 
-The response before ``#`` is a scratchpad: nothing rewards it, only the answer counts. The supervised texts contain wrong
-running sums on purpose, so that the policy that reinforcement learning starts from is a mediocre one.
+The response before ``#`` is a scratchpad: nothing rewards it, only the answer counts. The supervised texts contain
+wrong running sums on purpose, so that the policy that reinforcement learning starts from is a mediocre one.
 
 Run as a script it writes prompts (disjoint for supervised training, reinforcement learning and evaluation), and a tiny
 random Qwen3-MoE with its tokenizer.

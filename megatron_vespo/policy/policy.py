@@ -158,7 +158,10 @@ class Policy:
         successful, grad_norm, _ = self._optimizer.step()
         norm = float(grad_norm) if grad_norm is not None else 0.0
         if not successful or not np.isfinite(norm):
-            raise UserError(f"gradient norm is {norm}: the step would destroy the weights; lower megatron.lr")
+            raise UserError(
+                f"gradient norm is {norm}, and the step has spoilt the weights: go back to a checkpoint and lower"
+                " megatron.lr"
+            )
         self._scheduler.step(1)
         return StepResult(norm, learning_rate)
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
+import aiohttp
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout import protocol
@@ -15,6 +15,20 @@ from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.types import FloatArray, IntArray
 
 TokenIds = Sequence[int] | IntArray
+
+# However early idle connections are given up, on a loaded machine a request may still race with the server's closing
+# one. Only an established connection that broke is tried again: a server that is gone refuses the next one, and
+# sampling twice what nobody received does no harm.
+BROKEN_CONNECTION = (
+    aiohttp.ClientOSError,
+    aiohttp.ClientConnectionResetError,
+    aiohttp.ServerDisconnectedError,
+    aiohttp.ClientPayloadError,
+    aiohttp.ClientResponseError,  # not an error status, which is an answer, but something that is not HTTP
+)
+NEVER_CONNECTED = aiohttp.ClientConnectorError  # is a ClientOSError too
+CONNECTION_ATTEMPTS = 4
+CONNECTION_RETRY_SECONDS = 0.25
 
 
 class SGLangClient:
@@ -25,7 +39,6 @@ class SGLangClient:
         vocab_size: Ids below this one are valid; checked before sending, since the server dies of bad ids.
         max_concurrent: Requests in flight at once; more wait here.
         timeout: Seconds that one generation may take.
-        transport: Instead of the network, for tests.
 
     All methods raise :class:`ServerError` naming the address, the route and what the server said, and
     :class:`ServerGoneError` if the connection fails.
@@ -38,20 +51,14 @@ class SGLangClient:
         vocab_size: int,
         max_concurrent: int = 256,
         timeout: float = 3600.0,
-        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.vocab_size = vocab_size
         self._slots = asyncio.Semaphore(max_concurrent)
         self._info: ServerInfo | None = None
         self._asking = asyncio.Lock()
-        self._http = httpx.AsyncClient(
-            base_url=self.base_url,
-            timeout=httpx.Timeout(timeout, connect=protocol.CONNECT_TIMEOUT_SECONDS, pool=None),
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=protocol.KEEPALIVE_SECONDS),
-            trust_env=False,
-            transport=transport,
-        )
+        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=protocol.CONNECT_TIMEOUT_SECONDS)
+        self._session: aiohttp.ClientSession | None = None
 
     async def generate(
         self, input_ids: TokenIds, sampling: SamplingParams, max_new_tokens: int | None = None
@@ -95,20 +102,41 @@ class SGLangClient:
 
     async def close(self) -> None:
         """Close all connections; requests in flight fail."""
-        await self._http.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     async def _send(self, request: Request) -> Any:
         async with self._slots:
-            response = await self._attempt(request)
-        return protocol.parse_response(self.base_url, request, response)
+            status, content = await self._attempt(request)
+        return protocol.parse_response(self.base_url, request, status, content)
 
-    async def _attempt(self, request: Request) -> httpx.Response:
-        attempts = protocol.CONNECTION_ATTEMPTS
+    async def _attempt(self, request: Request) -> tuple[int, bytes]:
+        attempts = CONNECTION_ATTEMPTS
         while True:
             attempts -= 1
             try:
-                return await self._http.request(request.method, request.route, json=request.body)
-            except httpx.TransportError as error:
-                if not attempts or not isinstance(error, protocol.BROKEN_CONNECTION):
-                    raise protocol.connection_error(self.base_url, request, error) from error
-            await asyncio.sleep(protocol.CONNECTION_RETRY_SECONDS)
+                async with self._connections().request(
+                    request.method, self.base_url + request.route, json=request.body, allow_redirects=False
+                ) as response:
+                    return response.status, await response.read()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                broke = isinstance(error, BROKEN_CONNECTION) and not isinstance(error, NEVER_CONNECTED)
+                if not attempts or not broke:
+                    timed_out = isinstance(error, TimeoutError)
+                    raise protocol.connection_error(self.base_url, request, error, timed_out=timed_out) from error
+            await asyncio.sleep(CONNECTION_RETRY_SECONDS)
+
+    def _connections(self) -> aiohttp.ClientSession:
+        """Made at the first request: they belong to the event loop that runs then.
+
+        aiohttp rather than httpx, whose pool looks through all connections whenever a request begins or ends: with
+        hundreds in flight that takes longer than the server does.
+        """
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=protocol.KEEPALIVE_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=self._timeout,
+                trust_env=False,
+            )
+        return self._session

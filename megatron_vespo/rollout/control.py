@@ -185,5 +185,6 @@ class SGLangControl:
         try:
             response = self._http.request(request.method, request.route, json=request.body)
         except httpx.TransportError as error:
-            raise protocol.connection_error(self.base_url, request, error) from error
-        return protocol.parse_response(self.base_url, request, response)
+            timed_out = isinstance(error, httpx.TimeoutException)
+            raise protocol.connection_error(self.base_url, request, error, timed_out=timed_out) from error
+        return protocol.parse_response(self.base_url, request, response.status_code, response.content)

@@ -6,17 +6,17 @@ import asyncio
 import dataclasses
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from numbers import Real
 from typing import Any
 
 from megatron_vespo.errors import UserError
+from megatron_vespo.rewards.loader import RewardFunction
 from megatron_vespo.rollout.client import SGLangClient, TokenIds
 from megatron_vespo.rollout.protocol import Generation, ServerError
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.types import FINISH_ABORT, FINISH_LENGTH, Prompt, Sample, SampleGroup
 
-RewardFunction = Callable[[Sample], float] | Callable[[Sample], Awaitable[float]]
 Decode = Callable[[Sequence[int]], str]
 
 # Somebody who aborts a request this often before it gets a single token never lets it run.

@@ -5,12 +5,12 @@ No network here. :mod:`client` sends these asynchronously (generation), :mod:`co
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import numpy as np
 
 from megatron_vespo.errors import UserError
@@ -23,11 +23,6 @@ CONNECT_TIMEOUT_SECONDS = 60.0  # a loaded machine accepts late; where nothing l
 # uvicorn drops idle connections after 5 s unless told otherwise (our own servers are); ours must be given up before, or
 # a request may race with that.
 KEEPALIVE_SECONDS = 2.0
-# On a loaded machine it races all the same. Only an established connection that broke is tried again: a server that is
-# gone refuses the next one, and sampling twice what nobody received does no harm.
-BROKEN_CONNECTION = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.CloseError)
-CONNECTION_ATTEMPTS = 4
-CONNECTION_RETRY_SECONDS = 0.25
 MESSAGE_LENGTH = 800
 
 
@@ -144,25 +139,25 @@ def check_length(prompt_tokens: int, max_new_tokens: int, info: ServerInfo, url:
         )
 
 
-def parse_response(url: str, request: Request, response: httpx.Response) -> Any:
-    """The decoded answer.
+def parse_response(url: str, request: Request, status: int, content: bytes) -> Any:
+    """The decoded answer of this status and body.
 
     Raises:
         ServerError: an error status, or ``success: false``.
     """
     where = f"{url}{request.route}"
     try:
-        answer = response.json() if response.content else {}
+        answer = json.loads(content) if content else {}
     except ValueError:
-        answer = {"message": response.text}
-    if response.is_success and not (isinstance(answer, dict) and answer.get("success") is False):
+        answer = {"message": content.decode(errors="replace")}
+    if 200 <= status < 300 and not (isinstance(answer, dict) and answer.get("success") is False):
         return answer
-    raise ServerError(f"{where} failed with status {response.status_code}: {_message(answer)[:MESSAGE_LENGTH]}")
+    raise ServerError(f"{where} failed with status {status}: {_message(answer)[:MESSAGE_LENGTH]}")
 
 
-def connection_error(url: str, request: Request, error: httpx.TransportError) -> ServerGoneError:
-    """The error for a request that got no answer."""
-    if isinstance(error, httpx.TimeoutException):
+def connection_error(url: str, request: Request, error: Exception, *, timed_out: bool) -> ServerGoneError:
+    """The error for a request that got no answer: what the HTTP library raised, and whether that was a timeout."""
+    if timed_out:
         return ServerGoneError(f"{url}{request.route}: no answer in time ({type(error).__name__}): the server hangs")
     return ServerGoneError(f"{url}{request.route}: the server is gone or unreachable ({type(error).__name__}: {error})")
 

@@ -32,7 +32,13 @@ RESERVED_ARGS = {
     "config": "all arguments are written in the run's own configuration",
 }
 
-# What a CPU server gets unless ``args`` says otherwise: {name: value}.
+# What every server gets unless ``args`` says otherwise: {name: value}.
+SERVER_DEFAULTS: dict[str, Any] = {
+    # A line a request would flood the log.
+    "log_level_http": "warning",
+}
+
+# More of it for a CPU server.
 CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
@@ -85,7 +91,7 @@ def build_command(
         UserError: ``args`` holds a reserved name.
     """
     _refuse_reserved(args)
-    defaults = CPU_DEFAULTS if device == "cpu" else {}
+    defaults = SERVER_DEFAULTS | (CPU_DEFAULTS if device == "cpu" else {})
     own = {"model_path": model_path, "device": device, "host": host, "port": port, "random_seed": random_seed}
     command = [python, "-m", "sglang.launch_server"]
     for name, value in {**own, **defaults, **args}.items():

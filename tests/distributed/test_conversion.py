@@ -137,6 +137,21 @@ def test_padding_of_the_vocabulary_is_zero(folders: dict[str, Path]) -> None:
     assert torch.equal(embedding[:50], read_weights(folders["dense"])["model.embed_tokens.weight"])
 
 
+def export_with_spoiled_copy(folder: Path, megatron: dict[str, Any]) -> Tensors:
+    """Of tied embeddings the first stage's weight is the one that counts."""
+    model, architecture = load(folder, megatron), load_architecture(folder)
+    if parallel.is_last_stage():
+        with torch.no_grad():
+            model.output_layer.weight.fill_(9.0)
+    return stream_all(HfExporter(model, architecture))[0]
+
+
+def test_the_last_stages_copy_of_tied_embeddings_is_not_exported(folders: dict[str, Path]) -> None:
+    size, megatron = LAYOUTS["PP2"]
+    tensors, _ = run_ranks(size, export_with_spoiled_copy, folders["dense_tied"], megatron, **megatron)
+    assert_bits_equal(tensors, read_weights(folders["dense_tied"]))
+
+
 # --- every rank reads its slices only ---
 
 

@@ -1,14 +1,43 @@
-"""A server made of a Python function."""
+"""A server on this machine whose answers to /generate a Python function makes."""
 
+import asyncio
 import json
-from collections.abc import Callable
+import os
+import socket
+import struct
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-import httpx
 
 from megatron_vespo.rollout.client import SGLangClient
 
 Answer = Callable[[dict[str, Any]], Any]
+Requests = list[dict[str, Any]]
+
+KNOWN = {
+    "/model_info": {"weight_version": "3", "model_path": "m"},
+    "/v1/models": {"data": [{"max_model_len": 64}]},
+    "/server_info": {"max_req_input_len": 58, "max_total_num_tokens": 1000, "version": "0.5.23", "tp_size": 1},
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """An answer that is not a success."""
+
+    code: int
+    content: str
+
+
+@dataclass(frozen=True)
+class Break:
+    """No answer: the connection is closed after these bytes, or reset."""
+
+    sent: bytes = b""
+    reset: bool = False
 
 
 def answer(
@@ -31,25 +60,76 @@ def answer(
     }
 
 
-def make_transport(generate: Answer, requests: list[dict[str, Any]] | None = None) -> httpx.MockTransport:
-    """``generate`` gets the body of each /generate and returns an answer or a response, or raises."""
-    known = {
-        "/model_info": {"weight_version": "3", "model_path": "m"},
-        "/v1/models": {"data": [{"max_model_len": 64}]},
-        "/server_info": {"max_req_input_len": 58, "max_total_num_tokens": 1000, "version": "0.5.23", "tp_size": 1},
-    }
+@contextmanager
+def serve(generate: Answer, requests: Requests | None = None) -> Iterator[str]:
+    """The address of a server. ``generate`` gets the body of each /generate and returns what to answer, or a
+    :class:`Status` or a :class:`Break`; it runs in a thread, the bodies of concurrent requests in several."""
 
-    def handle(request: httpx.Request) -> httpx.Response:
-        if request.url.path in known:
-            return httpx.Response(200, json=known[request.url.path])
-        body = json.loads(request.content)
-        if requests is not None:
-            requests.append(body)
-        result = generate(body)
-        return result if isinstance(result, httpx.Response) else httpx.Response(200, json=result)
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # an answer is sent at once, not in pieces
 
-    return httpx.MockTransport(handle)
+        def do_GET(self) -> None:
+            self.reply(Status(200, json.dumps(KNOWN[self.path])))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if requests is not None:
+                requests.append(body)
+            result = generate(body)
+            if isinstance(result, Break):
+                self.break_off(result)
+            else:
+                self.reply(result if isinstance(result, Status) else Status(200, json.dumps(result)))
+
+        def reply(self, status: Status) -> None:
+            content = status.content.encode()
+            self.send_response(status.code)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def break_off(self, how: Break) -> None:
+            self.close_connection = True
+            self.wfile.write(how.sent)
+            if how.reset:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, *arguments: Any) -> None:
+            pass  # a client that is gone
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-def make_client(generate: Answer, requests: list[dict[str, Any]] | None = None) -> SGLangClient:
-    return SGLangClient("http://server:1", vocab_size=32, transport=make_transport(generate, requests))
+def with_client[T](
+    generate: Answer, use: Callable[[SGLangClient], Awaitable[T]], requests: Requests | None = None, **more: Any
+) -> T:
+    """What ``use`` returns for a client of such a server; ``more`` goes to the client."""
+    with serve(generate, requests) as url:
+        return use_client(url, use, **more)
+
+
+def use_client[T](url: str, use: Callable[[SGLangClient], Awaitable[T]], **more: Any) -> T:
+    async def run() -> T:
+        client = SGLangClient(url, vocab_size=32, **more)
+        try:
+            return await use(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())

@@ -1,13 +1,18 @@
 import asyncio
 import math
+import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from scripted import answer, make_client
+from scripted import Break, Requests, Status, answer, use_client, with_client
 
 from megatron_vespo.errors import UserError
+from megatron_vespo.rollout import client as client_module
+from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.protocol import Generation, ServerError, ServerGoneError, TensorList
 from megatron_vespo.rollout.sampling import SamplingParams
@@ -16,7 +21,7 @@ SAMPLING = SamplingParams(10)
 
 
 def generate(result: Any, ids: list[int] | None = None, sampling: SamplingParams = SAMPLING) -> Generation:
-    return asyncio.run(make_client(lambda body: result).generate([1, 2] if ids is None else ids, sampling))
+    return with_client(lambda body: result, lambda client: client.generate([1, 2] if ids is None else ids, sampling))
 
 
 def test_ids_log_probs_and_versions_come_back() -> None:
@@ -29,9 +34,9 @@ def test_ids_log_probs_and_versions_come_back() -> None:
 
 
 def test_every_sampling_parameter_is_said() -> None:
-    requests: list[dict[str, Any]] = []
-    client = make_client(lambda body: answer([1]), requests)
-    asyncio.run(client.generate([1], SamplingParams(5, temperature=0.5, stop_token_ids=(9,), ignore_eos=True)))
+    requests: Requests = []
+    sampling = SamplingParams(5, temperature=0.5, stop_token_ids=(9,), ignore_eos=True)
+    with_client(lambda body: answer([1]), lambda client: client.generate([1], sampling), requests)
     sent = requests[0]
     assert sent["input_ids"] == [1] and sent["return_logprob"] is True
     said = sent["sampling_params"]
@@ -50,10 +55,9 @@ def test_every_sampling_parameter_is_said() -> None:
     ],
 )
 def test_bad_requests_are_not_sent(ids: list[int], limit: int, message: str) -> None:
-    requests: list[dict[str, Any]] = []
-    client = make_client(lambda body: answer([1]), requests)
+    requests: Requests = []
     with pytest.raises(UserError, match=message):
-        asyncio.run(client.generate(ids, SamplingParams(limit)))
+        with_client(lambda body: answer([1]), lambda client: client.generate(ids, SamplingParams(limit)), requests)
     assert requests == []
 
 
@@ -68,8 +72,8 @@ def test_bad_requests_are_not_sent(ids: list[int], limit: int, message: str) -> 
         (answer([1], reason="tired"), "unknown finish reason"),
         (answer([1]) | {"output_ids": [2]}, "or of other tokens"),
         (answer([1]) | {"output_ids": [1, 1]}, "2 tokens but log-probabilities of 1"),
-        (httpx.Response(400, json={"error": {"message": "too long"}}), r"/generate failed with status 400: too long"),
-        (httpx.Response(500, text="Internal"), r"failed with status 500: Internal"),
+        (Status(400, '{"error": {"message": "too long"}}'), r"/generate failed with status 400: too long"),
+        (Status(500, "Internal"), r"failed with status 500: Internal"),
     ],
 )
 def test_bad_answers_are_named(result: Any, message: str) -> None:
@@ -81,26 +85,40 @@ def test_an_empty_response_is_fine() -> None:
     assert len(generate(answer([], spans=[], reason="abort")).response_ids) == 0
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [(httpx.ConnectError("refused"), "gone or unreachable"), (httpx.ReadTimeout("late"), "no answer in time")],
-)
-def test_a_dead_connection_is_a_dead_server(error: Exception, message: str) -> None:
-    def fail(body: Any) -> None:
-        raise error
+@pytest.fixture
+def vacant() -> Iterator[str]:
+    """An address where nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
-    with pytest.raises(ServerGoneError, match=r"http://server:1/generate: .*" + message):
-        asyncio.run(make_client(fail).generate([1], SAMPLING))
+
+def test_a_server_that_hangs_is_named() -> None:
+    ended = threading.Event()
+
+    def hang(body: Any) -> Any:
+        ended.wait(30)
+        return answer([1])
+
+    async def use(client: SGLangClient) -> str:
+        with pytest.raises(ServerGoneError, match=r"/generate: no answer in time \(.*\): the server hangs") as caught:
+            await client.generate([1], SAMPLING)
+        ended.set()
+        return str(caught.value).removeprefix(client.base_url)
+
+    requests: Requests = []
+    assert with_client(hang, use, requests, timeout=0.5).startswith("/generate")
+    assert len(requests) == 1
 
 
 def test_scores_drop_the_unscored_position() -> None:
-    requests: list[dict[str, Any]] = []
+    requests: Requests = []
     result = {"meta_info": {"input_token_logprobs": [[None, 2, None], [-0.1, 3, None], [-0.2, 4, None]]}}
-    scores = asyncio.run(make_client(lambda body: result, requests).score([1, 2, 3, 4], start=2))
+    scores = with_client(lambda body: result, lambda client: client.score([1, 2, 3, 4], start=2), requests)
     np.testing.assert_allclose(scores, [-0.1, -0.2])
     assert requests[0]["logprob_start_len"] == 1
     with pytest.raises(UserError, match="start 0"):
-        asyncio.run(make_client(lambda body: result).score([1, 2], start=0))
+        with_client(lambda body: result, lambda client: client.score([1, 2], start=0))
 
 
 @pytest.mark.parametrize(
@@ -152,22 +170,70 @@ def test_control_raises_on_success_false() -> None:
         assert not control.ready()
 
 
-def test_a_broken_connection_is_tried_again_but_a_server_that_is_gone_is_not() -> None:
-    calls: list[int] = []
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Break(),
+        Break(reset=True),
+        Break(b"HTTP/1.1 200 OK\r\nContent-Le"),
+        Break(b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{"),
+        Break(b"\0\0\0\0"),
+    ],
+    ids=["closed", "reset", "half a header", "half a body", "no HTTP"],
+)
+def test_a_broken_connection_is_tried_again_up_to_a_limit(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CONNECTION_RETRY_SECONDS", 0.01)
+    requests: Requests = []
 
     def breaks_twice(body: dict[str, Any]) -> Any:
-        calls.append(1)
-        if len(calls) <= 2:
-            raise httpx.ReadError("")
+        return broken if len(requests) <= 2 else answer([7])
+
+    response = with_client(breaks_twice, lambda client: client.generate([1], SAMPLING), requests)
+    assert response.response_ids.tolist() == [7] and len(requests) == 3
+
+    requests.clear()
+    with pytest.raises(ServerGoneError, match=r"^http://127.0.0.1:\d+/generate: the server is gone or unreachable \("):
+        with_client(lambda body: broken, lambda client: client.generate([1], SAMPLING), requests)
+    assert len(requests) == client_module.CONNECTION_ATTEMPTS
+
+
+def test_a_server_that_is_gone_is_not_tried_again(vacant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CONNECTION_RETRY_SECONDS", 600)
+
+    async def use(client: SGLangClient) -> None:
+        with pytest.raises(
+            ServerGoneError, match=rf"^{vacant}/model_info: .*gone or unreachable \(ClientConnectorError"
+        ):
+            await asyncio.wait_for(client.generate([1], SAMPLING), 60)
+
+    use_client(vacant, use)
+
+
+def test_proxies_of_the_environment_are_not_used(vacant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, vacant)
+    assert generate(answer([7])).response_ids.tolist() == [7]
+
+
+def test_hundreds_of_requests_are_in_flight_at_once_but_no_more_than_asked_for() -> None:
+    n, lock = 100, threading.Lock()
+    now, most = 0, 0
+    full = threading.Event()
+
+    def count(body: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+            if now == n:
+                full.set()
+        full.wait(30)
+        with lock:
+            now -= 1
         return answer([7])
 
-    assert asyncio.run(make_client(breaks_twice).generate([1], SAMPLING)).response_ids.tolist() == [7]
-    assert len(calls) == 3
+    async def use(client: SGLangClient) -> None:
+        await asyncio.gather(*[client.generate([1], SAMPLING) for _ in range(2 * n)])
 
-    def refuses(body: dict[str, Any]) -> Any:
-        calls.append(1)
-        raise httpx.ConnectError("refused")
-
-    with pytest.raises(ServerGoneError, match="ConnectError: refused"):
-        asyncio.run(make_client(refuses).generate([1], SAMPLING))
-    assert len(calls) == 4
+    with_client(count, use, max_concurrent=n)
+    assert most == n

@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import answer, make_client
+from scripted import answer, with_client
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout import generation
@@ -16,9 +16,11 @@ PROMPT = Prompt(7, np.array([1, 2], np.int32), label="4")
 
 
 def run_group(reward: RewardFunction, n: int = 3) -> SampleGroup:
-    client = make_client(lambda body: answer([5, 6]))
-    return asyncio.run(
-        generate_group(client, PROMPT, n, SamplingParams(4), lambda ids: "/".join(map(str, ids)), reward)
+    return with_client(
+        lambda body: answer([5, 6]),
+        lambda client: generate_group(
+            client, PROMPT, n, SamplingParams(4), lambda ids: "/".join(map(str, ids)), reward
+        ),
     )
 
 
@@ -66,8 +68,11 @@ def test_an_aborted_response_is_resumed_with_its_own_versions() -> None:
         answer([], reason="abort", spans=[]),
         answer([7], version="4", reason="stop", log_probs=[-3]),
     ]
-    client = make_client(lambda body: parts[len(requests) - 1], requests)
-    response = asyncio.run(generate_to_end(client, PROMPT.input_ids, SamplingParams(4)))
+    response = with_client(
+        lambda body: parts[len(requests) - 1],
+        lambda client: generate_to_end(client, PROMPT.input_ids, SamplingParams(4)),
+        requests,
+    )
     assert response.response_ids.tolist() == [5, 6, 7] and response.log_mu.tolist() == [-1, -2, -3]
     assert response.weight_versions.tolist() == [3, 3, 4] and response.finish_reason == "stop"
     assert [request["input_ids"] for request in requests] == [[1, 2], [1, 2, 5, 6], [1, 2, 5, 6]]
@@ -75,12 +80,13 @@ def test_an_aborted_response_is_resumed_with_its_own_versions() -> None:
 
 
 def test_an_abort_after_the_last_token_is_the_length_limit() -> None:
-    client = make_client(lambda body: answer([5, 6], reason="abort"))
-    assert asyncio.run(generate_to_end(client, [1], SamplingParams(2))).finish_reason == "length"
+    aborted = answer([5, 6], reason="abort")
+    response = with_client(lambda body: aborted, lambda client: generate_to_end(client, [1], SamplingParams(2)))
+    assert response.finish_reason == "length"
 
 
 def test_endless_aborts_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "RESUME_PAUSE_SECONDS", 0)
-    client = make_client(lambda body: answer([], reason="abort", spans=[]))
+    aborted = answer([], reason="abort", spans=[])
     with pytest.raises(ServerError, match="without getting a token"):
-        asyncio.run(generate_to_end(client, [1], SamplingParams(2)))
+        with_client(lambda body: aborted, lambda client: generate_to_end(client, [1], SamplingParams(2)))

@@ -22,8 +22,10 @@ def test_arguments_keep_their_names(model: Path) -> None:
     assert command.startswith(f"python -m sglang.launch_server --model-path {model} --device cpu")
     assert "--disable-radix-cache" in command and "--enable-lora" not in command
     assert "--cuda-graph-bs-decode 1 2" in command and "--dtype bfloat16" in command and "float32" not in command
+    assert "--log-level-http warning" in command
     assert "--random-seed 7" in command and "--max-total-tokens 65536" in command
-    assert "torch_native" not in " ".join(build_command("python", model, "cuda", "127.0.0.1", 30000, 7, {}))
+    command = " ".join(build_command("python", model, "cuda", "127.0.0.1", 30000, 7, {}))
+    assert "torch_native" not in command and "--log-level-http warning" in command
 
 
 def test_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +56,7 @@ def test_the_names_are_read_from_the_installed_source() -> None:
     if known is None:
         pytest.skip("SGLang is not installed here")
     some = {"tp_size", "tensor_parallel_size", "mem_fraction_static", "disable_cuda_graph", "config"}
-    assert some | set(server_args.CPU_DEFAULTS) <= known
+    assert some | set(server_args.SERVER_DEFAULTS | server_args.CPU_DEFAULTS) <= known
     assert "sglang.srt.server_args" not in sys.modules
 
 

@@ -1,16 +1,17 @@
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from scripted import Answer, answer, make_client
+from scripted import Answer, Break, answer, serve
 
 from megatron_vespo.data.prompts import PromptDataset, PromptRecord, PromptStream
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.engine import RolloutEngine
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.rollout.service import RolloutService
@@ -33,21 +34,32 @@ class FakeBroadcast:
         return result
 
 
-def make_engine(generate: Answer, *, max_staleness: int = 0, **more: Any) -> RolloutEngine:
+@contextmanager
+def make_engine(generate: Answer, *, max_staleness: int = 0, **more: Any) -> Iterator[RolloutEngine]:
     records = [PromptRecord(np.array([i + 1], np.int32), str(i), {}) for i in range(3)]
-    return RolloutEngine(
-        [make_client(generate)],
-        PromptStream(PromptDataset(records, "memory"), seed=0),
-        RolloutBuffer(groups_per_batch=2, max_staleness=max_staleness),
-        samples_per_prompt=2,
-        sampling=SamplingParams(4),
-        decode=lambda ids: "",
-        **({"reward": lambda sample: 1.0} | more),
-    )
+    with serve(generate) as url:
+        engine = RolloutEngine(
+            [SGLangClient(url, vocab_size=32)],
+            PromptStream(PromptDataset(records, "memory"), seed=0),
+            RolloutBuffer(groups_per_batch=2, max_staleness=max_staleness),
+            samples_per_prompt=2,
+            sampling=SamplingParams(4),
+            decode=lambda ids: "",
+            **({"reward": lambda sample: 1.0} | more),
+        )
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
-def run_ranks(engine: RolloutEngine, work: Callable[[RolloutService], Any]) -> tuple[Any, Any]:
-    """What ``work`` returns or raises on rank 0 and on rank 1."""
+def run_ranks(generate: Answer, work: Callable[[RolloutService], Any], **more: Any) -> tuple[Any, Any]:
+    """What ``work`` returns or raises on rank 0 and on rank 1; ``more`` goes to the engine."""
+    with make_engine(generate, **more) as engine:
+        return run_both(engine, work)
+
+
+def run_both(engine: RolloutEngine, work: Callable[[RolloutService], Any]) -> tuple[Any, Any]:
     broadcast = FakeBroadcast()
     results: list[Any] = [None, None]
 
@@ -84,7 +96,7 @@ def test_all_ranks_get_the_same_groups_in_order() -> None:
         time.sleep(0.01 * body["input_ids"][0])
         return answer([5])
 
-    main, other = run_ranks(make_engine(slow_for_some, max_staleness=1), work)
+    main, other = run_ranks(slow_for_some, work, max_staleness=1)
     assert main == other and [index for index, _, _ in main] == list(range(6))
 
 
@@ -92,7 +104,7 @@ def test_evaluation_keeps_the_order_of_its_prompts() -> None:
     prompts = PromptDataset([PromptRecord(np.array([i], np.int32), str(i), {}) for i in (3, 1, 2)], "memory").prompts()
     sampling = SamplingParams(4, temperature=0, evaluation=True)
     main, other = run_ranks(
-        make_engine(lambda body: answer(body["input_ids"])),
+        lambda body: answer(body["input_ids"]),
         lambda service: [[s.response_ids.tolist() for s in g.samples] for g in service.evaluate(prompts, 2, sampling)],
     )
     assert main == other == [[[3], [3]], [[1], [1]], [[2], [2]]]
@@ -102,33 +114,32 @@ def test_a_reward_that_raises_is_raised_on_every_rank() -> None:
     def broken(sample: Sample) -> float:
         raise KeyError("x")
 
-    main, other = run_ranks(make_engine(lambda body: answer([5]), reward=broken), lambda service: service.next_batch())
+    main, other = run_ranks(lambda body: answer([5]), lambda service: service.next_batch(), reward=broken)
     assert isinstance(main, UserError) and "KeyError" in str(main)
     assert str(main) == str(other)
 
 
 def test_a_server_that_died_is_reported_with_its_log() -> None:
-    def gone(body: Any) -> None:
-        raise httpx.ReadError("connection lost")
-
     def check() -> None:
         raise UserError("the SGLang server ended with status 1; the end of its log: boom")
 
-    main, other = run_ranks(make_engine(gone, check_servers=check), lambda service: service.next_batch())
+    main, other = run_ranks(lambda body: Break(), lambda service: service.next_batch(), check_servers=check)
     assert "boom" in str(main) and str(main) == str(other)
 
 
 def test_progress_is_reported() -> None:
     told: list[tuple[int, int]] = []
-    engine = make_engine(lambda body: answer([5]), on_progress=lambda done, total: told.append((done, total)))
-    run_ranks(engine, lambda service: service.next_batch())
+    run_ranks(
+        lambda body: answer([5]),
+        lambda service: service.next_batch(),
+        on_progress=lambda done, total: told.append((done, total)),
+    )
     assert told[-1] == (2, 2)
 
 
 def test_the_state_is_that_of_the_groups_taken() -> None:
-    engine = make_engine(lambda body: answer([5]), max_staleness=2)
-    engine.start()
-    try:
+    with make_engine(lambda body: answer([5]), max_staleness=2) as engine:
+        engine.start()
         assert engine.state_dict()["position"] == 0
         engine.take(2)
         assert engine.state_dict()["position"] == 2
@@ -136,5 +147,3 @@ def test_the_state_is_that_of_the_groups_taken() -> None:
         engine.take(2)
         with pytest.raises(RuntimeError, match="before a release"):
             engine.take(2)
-    finally:
-        engine.close()

@@ -24,20 +24,20 @@ from tests.ranks import run_ranks
 OPTIMIZER = {"lr": 3e-3, "adam_eps": 1e-2, "clip_grad": 0.2, "weight_decay": 0.1}
 
 
-def load_model(folder: Path, megatron: dict[str, Any]) -> Any:
+def load_model(folder: Path, megatron: dict[str, Any], layer_spec: str = "local") -> Any:
     """This rank's part of the model, weights loaded; the vocabulary padded to a multiple of 16."""
     architecture = load_architecture(folder)
-    config = transformer_config(architecture, megatron, "local")
-    model = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=16)
+    config = transformer_config(architecture, megatron, layer_spec)
+    model = build_model(architecture, config, layer_spec=layer_spec, make_vocab_size_divisible_by=16)
     load_hf_weights(model, architecture, HfReader(folder))
     return model
 
 
-def make_policy(folder: Path, megatron: dict[str, Any], temperature: float = 1.0) -> Policy:
+def make_policy(folder: Path, megatron: dict[str, Any], temperature: float = 1.0, layer_spec: str = "local") -> Policy:
     """A policy with these weights on this rank."""
     megatron = OPTIMIZER | megatron
     return Policy(
-        load_model(folder, megatron),
+        load_model(folder, megatron, layer_spec),
         ddp_config=ddp_config(megatron),
         optimizer_config=optimizer_config(megatron),
         total_steps=10,

@@ -74,7 +74,7 @@ def run_ranks(
             ready = wait(list(pending), timeout=TIMEOUT)
             if not ready:
                 raise TimeoutError(f"ranks {sorted(pending.values())} did not finish in {TIMEOUT} s")
-            for pipe in ready:
+            for pipe in [pipe for pipe in pending if pipe in ready]:
                 rank = pending.pop(pipe)
                 succeeded, value = pickle.loads(pipe.recv_bytes())
                 if not succeeded:
@@ -82,6 +82,7 @@ def run_ranks(
                 results[rank] = value
     finally:
         for process in processes:
-            process.kill() if process.is_alive() and len(results) < size else None
+            if len(results) < size:  # a rank failed: the others would wait for it
+                process.kill()
             process.join()
     return [results[rank] for rank in range(size)]

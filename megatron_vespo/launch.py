@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_vespo.checks import check_config
-from megatron_vespo.config import load_config
+from megatron_vespo.config_file import load_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.train import make_parser
 

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from types import FrameType
 
 from megatron_vespo.checks import check_config, describe_layout, prepare_run_folder
-from megatron_vespo.config import Config, describe_config, dump_config, load_config
+from megatron_vespo.config import Config
+from megatron_vespo.config_file import describe_config, dump_config, load_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.logs import RankLog
 from megatron_vespo.rollout.server import SGLangServer

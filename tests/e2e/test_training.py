@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo import assemble, parallel
-from megatron_vespo.config import load_config, parse_config
+from megatron_vespo.config_file import load_config, parse_config
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.models.registry import load_architecture

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from megatron_vespo.checks import check_config, describe_layout, prepare_run_folder
-from megatron_vespo.config import Config, dump_config, load_config, parse_config
+from megatron_vespo.config import Config
+from megatron_vespo.config_file import dump_config, load_config, parse_config
 from megatron_vespo.errors import UserError
 
 

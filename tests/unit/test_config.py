@@ -7,14 +7,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from megatron_vespo.config import (
-    Config,
-    data_parallel_size,
-    describe_config,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from megatron_vespo.config import Config, data_parallel_size
+from megatron_vespo.config_file import describe_config, dump_config, load_config, parse_config
 from megatron_vespo.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,138 @@
+"""Configuration from a YAML file plus ``section.key=value`` overrides, to YAML again, and as help. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_vespo.config import Config, Section
+from megatron_vespo.errors import UserError
+from megatron_vespo.upstream import nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; everybody means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+# The resolver for integers must win where both match; it was registered first, in SafeLoader.
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}': expected section.key=value")
+    *sections, leaf = key.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override '{override}': '{section}' is a value, not a section")
+    node[leaf] = _parse_yaml(value, f"override '{override}'")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys that exist beside the last part of an error's location."""
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """One line for each thing that is wrong, naming the key."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), _known_keys(item['loc']))}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing")
+        elif item["type"] == "value_error" and not key:
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{key}: {item['msg']}, not {item['input']!r}")
+    return "\n".join(f"{where}: {line}" for line in lines)
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested dictionary.
+
+    Raises:
+        UserError: Names every key that is unknown (with the nearest known one), missing or of the wrong type.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from error
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides, values in YAML syntax.
+
+    Raises:
+        UserError: The file is missing or not YAML, an override is malformed, or a key is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path}: not found")
+    tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; ``load_config`` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_config() -> str:
+    """Every section and key with type, default and meaning: the body of ``train --help``."""
+    lines: list[str] = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            lines += ["", f"{name}:  {_first_line(section.__doc__)}", *_describe_fields(section, name)]
+        else:
+            lines += ["", f"{name}:  {field.description}"]
+    return "\n".join(lines)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
+
+
+def _describe_fields(section: type[Section], prefix: str) -> list[str]:
+    lines = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            lines += _describe_fields(kind, f"{prefix}.{name}")
+            continue
+        shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        default = "required" if field.is_required() else f"default {field.get_default()!r}"
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  {prefix}.{name}  ({shown}; {default})\n      {meaning}")
+    return lines

@@ -160,3 +160,10 @@ def test_bad_input_is_one_clear_error(
     assert "Traceback" not in printed
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
     sglang_server.check_alive()  # a server that is not the run's own is left alone
+
+
+def test_generation_runs_ahead_within_the_staleness_bound(sglang_server: SGLangServer, tmp_path: Path) -> None:
+    path = write_config(tmp_path, make_tree(sglang_server, tmp_path))
+    assert run_main_on_ranks(2, path, ["rollout.max_staleness=1", "training.steps=5"]) == [0, 0]
+    staleness = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl").series("rollout/staleness_max")[1]
+    assert max(staleness) == (1 + 1) * 2 - 1  # (S + 1) * N - 1, and it is reached

@@ -52,18 +52,28 @@ def _check_model(config: Config) -> None:
         )
 
 
-def prepare_run_folder(config: Config, resolved: str) -> None:
-    """Make the run folder with the resolved configuration in it.
+def check_run_folder(config: Config) -> None:
+    """Refuse to write into an earlier run.
 
     Raises:
         UserError: A run of that name is there and ``run.overwrite`` is off.
     """
     folder = config.run_folder
-    if folder.exists() and any(folder.iterdir()):
-        if not config.run.overwrite:
-            raise UserError(f"{folder} exists; choose another run.name, or set run.overwrite=true to replace it")
+    if folder.exists() and any(folder.iterdir()) and not config.run.overwrite:
+        raise UserError(f"{folder} exists; choose another run.name, or set run.overwrite=true to replace it")
+
+
+def prepare_run_folder(config: Config, resolved: str) -> None:
+    """Make the run folder, in place of an earlier one if that may be, with the resolved configuration in it.
+
+    Raises:
+        UserError: As ``check_run_folder``.
+    """
+    check_run_folder(config)
+    folder = config.run_folder
+    if folder.exists():
         shutil.rmtree(folder)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(parents=True)
     atomic_write(folder / "config.yaml", resolved)
 
 

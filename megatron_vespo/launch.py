@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_vespo.checks import check_config
+from megatron_vespo.checks import check_config, check_run_folder
 from megatron_vespo.config_file import load_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.train import make_parser
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1, help="trainer processes on this node (GPUs, on a GPU node)")
     options = parser.parse_args(arguments)
     try:
-        check_config(load_config(options.config, options.overrides), options.ranks)
+        config = load_config(options.config, options.overrides)
+        check_config(config, options.ranks)
+        check_run_folder(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

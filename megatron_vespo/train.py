@@ -45,10 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MASTER_PORT", "0")
     signal.signal(signal.SIGTERM, _leave)
     log = RankLog()
-    config: Config | None = None
+    main_rank = os.environ["RANK"] == "0"
     try:
         config = load_config(options.config, options.overrides)
         check_config(config, int(os.environ["WORLD_SIZE"]))
+        if main_rank:
+            prepare_run_folder(config, dump_config(config))
+    except UserError as error:
+        if main_rank:  # the others find the same
+            _print_error(error)
+        return 1
+    try:
         run(config, log)
     except UserError as error:
         _report(error, config)
@@ -61,30 +68,27 @@ def _leave(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _report(error: UserError, config: Config | None) -> None:
+def _print_error(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _report(error: UserError, config: Config) -> None:
     """Print the error once, though every rank may have it: by the rank that gets to create the error file."""
-    if config is None or not (config.run_folder / "logs").is_dir():
-        if os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        return
     try:
         with (config.run_folder / "logs" / "error.txt").open("x", encoding="utf-8") as file:
             file.write(f"rank {os.environ['RANK']}: {error}\n")
     except FileExistsError:
         return
-    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    _print_error(error)
 
 
 def run(config: Config, log: RankLog) -> None:
     """Train as the configuration says; on one rank of the job."""
-    main_rank = os.environ["RANK"] == "0"
     with ExitStack() as stack:
         server = None
-        if main_rank:
-            prepare_run_folder(config, dump_config(config))
-            if config.objective == "rl" and config.rollout.server.url is None:
-                # Before the slow imports: the server does its own meanwhile.
-                server = stack.enter_context(start_server(config))
+        if os.environ["RANK"] == "0" and config.objective == "rl" and config.rollout.server.url is None:
+            # Before the slow imports: the server does its own meanwhile.
+            server = stack.enter_context(start_server(config))
 
         import torch  # noqa: F401 - its logger exists from here on
 

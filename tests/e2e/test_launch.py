@@ -55,6 +55,7 @@ BEFORE_ANY_IMPORT = {
     "missing checkpoint": (["model.hf_path=/no/such/folder"], "model.hf_path"),
     "layout that does not fit": (["megatron.tensor_model_parallel_size=2"], "does not divide the 1 ranks"),
     "empty data file": ([], "is empty"),
+    "run folder that exists": ([], "set run.overwrite=true"),
     "unknown megatron key": (["megatron.tensor_model_paralel_size=2"], "did you mean"),
     "unknown sglang key": (["sglang.max_total_token=2"], "did you mean"),
 }
@@ -68,11 +69,14 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path, name: str) ->
         config.unlink()
     if name == "empty data file":
         (tmp_path / "data.jsonl").write_text("")
+    if name == "run folder that exists":
+        (tmp_path / "runs" / "run").mkdir(parents=True)
+        (tmp_path / "runs" / "run" / "metrics.jsonl").write_text("precious")
     result = launch(config, *overrides)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in tmp_path.glob("runs/*/*")] in ([], ["metrics.jsonl"])
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ CPU_DEFAULTS: dict[str, Any] = {
     "max_total_tokens": 65536,
     # The warm-up compiles kernels; there are none on CPU.
     "skip_server_warmup": True,
+    # An idle scheduler would otherwise poll without pause, on a core that the trainer needs.
+    "sleep_on_idle": True,
 }
 
 # The environment of every server: {name: value}, None removes the variable.

@@ -215,8 +215,8 @@ def test_proxies_of_the_environment_are_not_used(vacant: str, monkeypatch: pytes
     assert generate(answer([7])).response_ids.tolist() == [7]
 
 
-def test_hundreds_of_requests_are_in_flight_at_once_but_no_more_than_asked_for() -> None:
-    n, lock = 100, threading.Lock()
+def test_as_many_requests_are_in_flight_as_asked_for() -> None:
+    n, lock = 120, threading.Lock()  # aiohttp alone would stop at 100
     now, most = 0, 0
     full = threading.Event()
 

@@ -160,13 +160,6 @@ class Rollouts:
     weight_sync: WeightSync
 
 
-class _Data:
-    """What rank 0 alone reads: prompts and the reward function."""
-
-    train: PromptDataset
-    evaluation: dict[str, list[Prompt]]
-
-
 def make_rollouts(
     config: Config,
     architecture: Architecture,
@@ -191,11 +184,12 @@ def make_rollouts(
         temperature=rollout.temperature,
         stop_token_ids=tuple(rollout.stop_token_ids),
     )
-    data, engine, control, transport = _Data(), None, None, None
+    engine, control, transport = None, None, None
+    evaluation: dict[str, list[Prompt]] = {name: [] for name in config.data.evaluation}  # read on rank 0 alone
 
     def connect() -> None:
-        nonlocal engine, control, transport
-        data.train, data.evaluation = _read_prompts(config, architecture, tokenizer)
+        nonlocal engine, control, transport, evaluation
+        train, evaluation = _read_prompts(config, architecture, tokenizer)
         reward = load_reward(config.reward.function)
         if server is not None:
             server.wait_ready()
@@ -212,7 +206,7 @@ def make_rollouts(
         )
         engine = RolloutEngine(
             [client],
-            PromptStream(data.train, config.run.seed, config.data.shuffle),
+            PromptStream(train, config.run.seed, config.data.shuffle),
             RolloutBuffer(rollout.prompts_per_step, rollout.max_staleness),
             samples_per_prompt=rollout.samples_per_prompt,
             sampling=sampling,
@@ -228,7 +222,7 @@ def make_rollouts(
     stack.callback(service.close)
     evaluator = Evaluator(
         service,
-        data.evaluation if parallel.is_main() else {name: [] for name in config.data.evaluation},
+        evaluation,
         SamplingParams(
             max_new_tokens=rollout.max_new_tokens,
             temperature=config.evaluation.temperature,

@@ -104,11 +104,6 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     return mpu.get_tensor_model_parallel_group()
 
 
-def pipeline_size() -> int:
-    """Number of pipeline stages."""
-    return mpu.get_pipeline_model_parallel_world_size()
-
-
 def is_first_stage() -> bool:
     """Whether this rank embeds tokens."""
     return mpu.is_pipeline_first_stage()

@@ -56,7 +56,12 @@ def megatron_fields() -> frozenset[str] | None:
     return frozenset(names)
 
 
+def nearest_name(key: str, known: Iterable[str]) -> str | None:
+    """The known name most like ``key``, if one is near."""
+    return next(iter(difflib.get_close_matches(key, sorted(known), n=1)), None)
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for error messages, or nothing where no known name is near."""
-    matches = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    name = nearest_name(key, known)
+    return f"; did you mean '{name}'?" if name else ""

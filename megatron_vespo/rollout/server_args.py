@@ -6,7 +6,6 @@ SGLang is never imported here: it may live in another environment, and its impor
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 from megatron_vespo.errors import UserError
 from megatron_vespo.sglang_cpu.models import FAST_ARCHITECTURES
 from megatron_vespo.sglang_cpu.platform import PLATFORM_NAME
+from megatron_vespo.upstream import nearest_name
 
 DEVICES = ("cpu", "cuda")
 
@@ -130,8 +130,8 @@ def validate_server_args(args: Mapping[str, Any]) -> None:
         return
     for name in args:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean sglang.{near[0]}?" if near else "see `python -m sglang.launch_server --help`"
+            near = nearest_name(name, known)
+            hint = f"did you mean sglang.{near}?" if near else "see `python -m sglang.launch_server --help`"
             raise UserError(f"sglang.{name}: SGLang has no such server argument; {hint}")
 
 

@@ -1,12 +1,13 @@
-.PHONY: demo test lint format clean
+.PHONY: demo layouts test lint format clean
 .DEFAULT_GOAL := help
 
 READY := .venv/.ready
 
 help:
-	@echo "make demo   set everything up and run the demo: a tiny MoE learns arithmetic with VESPO (about 5 minutes)"
-	@echo "make test   set everything up and run all tests"
-	@echo "make lint   ruff and mypy"
+	@echo "make demo      set everything up and run the demo: a tiny MoE learns arithmetic with VESPO (about 5 minutes)"
+	@echo "make layouts   compare parallel layouts (TP, PP, EP, DP and more) with a float64 reference (about 5 minutes)"
+	@echo "make test      set everything up and run all tests"
+	@echo "make lint      ruff and mypy"
 
 $(READY): constraints.txt tools/requirements-cpu.txt tools/setup_env.sh setup.py
 	tools/setup_env.sh .venv
@@ -14,6 +15,9 @@ $(READY): constraints.txt tools/requirements-cpu.txt tools/setup_env.sh setup.py
 
 demo: $(READY)
 	examples/digits_cpu/run.sh
+
+layouts: $(READY)
+	examples/layouts_cpu/run.sh $(ARGS)
 
 test: $(READY)
 	.venv/bin/python -m pytest $(ARGS)

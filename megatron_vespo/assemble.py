@@ -1,42 +1,36 @@
-"""From configuration to objects: the only wiring."""
+"""From configuration to objects: the wiring of a training run. What needs no trainer is wired in ``connect``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_vespo import parallel
-from megatron_vespo.algorithms.advantages import GroupNormalizedParams, get_advantage_estimator
+from megatron_vespo import connect, parallel
 from megatron_vespo.algorithms.loss import Aggregation
 from megatron_vespo.algorithms.weights import get_kernel
 from megatron_vespo.config import Config
-from megatron_vespo.data.prompts import PromptDataset, PromptStream
+from megatron_vespo.connect import make_advantages
 from megatron_vespo.data.sft import SupervisedExample, SupervisedStream, read_supervised
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.errors import UserError
-from megatron_vespo.evaluation import Evaluator
-from megatron_vespo.loop import Algorithm, Schedule
-from megatron_vespo.metrics.console import RL_COLUMNS, SFT_COLUMNS, Console
-from megatron_vespo.metrics.sinks import JsonlSink, MetricSink, RolloutSink, TensorBoardSink
+from megatron_vespo.evaluation import NoEvaluation
+from megatron_vespo.loop import Algorithm, Evaluation, RolloutSource, Schedule, WeightPush
+from megatron_vespo.megatron_options import microbatch_multiple
 from megatron_vespo.models.build import build_model, ddp_config, optimizer_config, transformer_config
 from megatron_vespo.models.conversion import HfExporter, load_hf_weights
+from megatron_vespo.models.cost import sample_cost
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader
 from megatron_vespo.policy.checkpoint import save_hf
 from megatron_vespo.policy.policy import Policy
 from megatron_vespo.record import Recorder
-from megatron_vespo.rewards.loader import load_reward
-from megatron_vespo.rollout.buffer import RolloutBuffer
-from megatron_vespo.rollout.client import SGLangClient
-from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.rollout.engine import RolloutEngine
-from megatron_vespo.rollout.sampling import SamplingParams
+from megatron_vespo.rollout.batches import list_batches
+from megatron_vespo.rollout.replay import BatchReader, ReplayService
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.types import Prompt, Sample
@@ -64,17 +58,17 @@ def make_trainer(config: Config, architecture: Architecture) -> Trainer:
     """Build the model, load its weights, wrap it for training. A collective."""
     section, model = config.megatron, config.model
     optimizer = optimizer_config(section)
-    gpt = build_model(
+    chunks = build_model(
         architecture,
         transformer_config(architecture, section, model.layer_spec),
         layer_spec=model.layer_spec,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
     )
     if model.initialize == "hf":
-        load_hf_weights(gpt, architecture, HfReader(model.hf_path))
+        load_hf_weights(chunks, architecture, HfReader(model.hf_path))
     updates = config.training.steps * (config.training.minibatches_per_step if config.objective == "rl" else 1)
     policy = Policy(
-        gpt,
+        chunks,
         ddp_config=ddp_config(section),
         optimizer_config=optimizer,
         total_steps=updates,
@@ -84,7 +78,7 @@ def make_trainer(config: Config, architecture: Architecture) -> Trainer:
         temperature=config.rollout.temperature if config.objective == "rl" else 1.0,
         alignment=_alignment(section),
     )
-    exporter = HfExporter(gpt, architecture, config.weight_sync.bucket_megabytes * 2**20)
+    exporter = HfExporter(chunks, architecture, config.weight_sync.bucket_megabytes * 2**20)
 
     def save(step: int) -> None:
         save_hf(exporter, config.run_folder / "checkpoints" / f"step_{step:06d}", Path(model.hf_path))
@@ -98,13 +92,15 @@ def _alignment(section: dict[str, Any]) -> int:
     return split * (16 if section.get("fp8") else 1)
 
 
-def make_schedule(config: Config) -> Schedule:
+def make_schedule(config: Config, architecture: Architecture) -> Schedule:
     """How long, and in what pieces."""
     training = config.training
     return Schedule(
         training.steps,
         training.minibatches_per_step,
         training.max_tokens_per_microbatch,
+        microbatch_multiple(config.megatron),
+        sample_cost(architecture),
         config.checkpoint.interval,
     )
 
@@ -117,9 +113,8 @@ def make_algorithm(config: Config) -> Algorithm:
         params = kernel.params_type(**algorithm.kernel_params)
     except TypeError as error:
         raise UserError(f"algorithm.kernel_params: {error}") from error
-    estimator = get_advantage_estimator(algorithm.advantage)
     return Algorithm(
-        partial(estimator, params=GroupNormalizedParams(normalize_std=algorithm.normalize_std)),
+        make_advantages(config),
         kernel,
         params,
         Aggregation(algorithm.aggregation),
@@ -127,27 +122,16 @@ def make_algorithm(config: Config) -> Algorithm:
     )
 
 
-def make_recorder(config: Config, tokenizer: Tokenizer, facts: dict[str, str]) -> Recorder:
+def make_recorder(config: Config, architecture: Architecture, tokenizer: Tokenizer, facts: dict[str, str]) -> Recorder:
     """Console, sinks and summary on rank 0; a recorder that only keeps time elsewhere."""
-    steps, folder = config.training.steps, config.run_folder
-    if not parallel.is_main():
-        return Recorder(steps, None, (), None, folder, facts)
-    sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl")]
-    if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
-    if config.objective == "sft":
-        console, rollout_sink = Console(steps, SFT_COLUMNS), None
-    else:
-        console = Console(steps, RL_COLUMNS)
-        rollout_sink = RolloutSink(
-            folder / "rollouts", config.logging.rollout_groups, lambda ids: tokenizer.decode(ids.tolist())
-        )
-    return Recorder(steps, console, sinks, rollout_sink, folder, facts, config.logging.console_interval)
+    if parallel.is_main():
+        return connect.make_recorder(config, architecture, tokenizer, facts)
+    return Recorder(config.training.steps, None, (), None, config.run_folder, facts)
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Generation, evaluation and weight pushes.
+    """Where batches come from and weights go.
 
     Attributes:
         service: Rollout batches.
@@ -155,9 +139,9 @@ class Rollouts:
         weight_sync: Pushes.
     """
 
-    service: RolloutService
-    evaluator: Evaluator
-    weight_sync: WeightSync
+    service: RolloutSource
+    evaluator: Evaluation
+    weight_sync: WeightPush
 
 
 def make_rollouts(
@@ -178,86 +162,45 @@ def make_rollouts(
         server: The server that rank 0 started; None on other ranks, or where ``rollout.server.url`` names one.
         stack: Takes what must be closed at the end.
     """
-    rollout = config.rollout
-    sampling = SamplingParams(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        stop_token_ids=tuple(rollout.stop_token_ids),
-    )
-    engine, control, transport = None, None, None
-    evaluation: dict[str, list[Prompt]] = {name: [] for name in config.data.evaluation}  # read on rank 0 alone
+    connection, engine, control, transport = None, None, None, None
 
-    def connect() -> None:
-        nonlocal engine, control, transport, evaluation
-        train, evaluation = _read_prompts(config, architecture, tokenizer)
-        reward = load_reward(config.reward.function)
-        if server is not None:
-            server.wait_ready()
-        url = server.url if server is not None else rollout.server.url
-        assert url is not None
-        control = SGLangControl(url, timeout=rollout.request_timeout)
-        workers = control.info().tensor_parallel_size
-        transport = _make_transport(config, control, workers)
-        client = SGLangClient(
-            url,
-            vocab_size=architecture.vocab_size,
-            max_concurrent=rollout.concurrency,
-            timeout=rollout.request_timeout,
-        )
-        engine = RolloutEngine(
-            [client],
-            PromptStream(train, config.run.seed, config.data.shuffle),
-            RolloutBuffer(rollout.prompts_per_step, rollout.max_staleness),
-            samples_per_prompt=rollout.samples_per_prompt,
-            sampling=sampling,
-            decode=tokenizer.decode,
-            reward=reward,
-            check_servers=server.check_alive if server is not None else lambda: None,
-        )
+    def on_main() -> None:
+        nonlocal connection, engine, control, transport
+        connection = connect.connect(config, architecture, tokenizer, server)
+        engine, control = connection.engine, connection.control
+        transport = _make_transport(config, connection)
 
-    parallel.on_main(connect)
-    service = RolloutService(engine, parallel.broadcast_bytes, rollout.prompts_per_step)
+    parallel.on_main(on_main)
+    service = RolloutService(engine, parallel.broadcast_bytes, config.rollout.prompts_per_step)
     weight_sync = WeightSync(exporter, control, transport)
     stack.callback(weight_sync.close)
     stack.callback(service.close)
-    evaluator = Evaluator(
-        service,
-        evaluation,
-        SamplingParams(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=config.evaluation.temperature,
-            stop_token_ids=tuple(rollout.stop_token_ids),
-            evaluation=True,
-        ),
-        config.evaluation.samples_per_prompt,
-        config.evaluation.interval,
-    )
-    return Rollouts(service, evaluator, weight_sync)
+    return Rollouts(service, connect.make_evaluator(config, service, connection), weight_sync)
 
 
-def _make_transport(config: Config, control: SGLangControl, workers: int) -> Transport:
-    if config.weight_sync.transport == "disk":
-        return DiskTransport(control, config.run_folder / "weights", Path(config.model.hf_path))
-    return BroadcastTransport(control, workers)
-
-
-def _read_prompts(
-    config: Config, architecture: Architecture, tokenizer: Tokenizer
-) -> tuple[PromptDataset, dict[str, list[Prompt]]]:
-    room = architecture.context_length - config.rollout.max_new_tokens
-    limit = min(config.rollout.max_prompt_tokens or room, room)
-    if limit < 1:
-        raise UserError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the model's context"
-            f" of {architecture.context_length} tokens"
+def make_replay(config: Config, architecture: Architecture) -> Rollouts:
+    """Saved batches in the place of SGLang. A collective; it fails if the first of them does not fit."""
+    rollout, reader = config.rollout, None
+    assert rollout.replay is not None
+    if parallel.is_main():
+        files = list_batches(rollout.replay)[: config.training.steps]
+        reader = BatchReader(
+            files, rollout.prompts_per_step, rollout.samples_per_prompt, rollout.temperature, architecture.vocab_size
         )
-    assert config.data.train is not None
-    train = PromptDataset.from_jsonl(config.data.train, tokenizer, limit)
-    sets = {
-        name: PromptDataset.from_jsonl(path, tokenizer, limit).prompts(config.evaluation.max_prompts)
-        for name, path in config.data.evaluation.items()
-    }
-    return train, sets
+
+    def check_first() -> None:
+        assert reader is not None
+        reader.read(0)
+
+    parallel.on_main(check_first)
+    replay = ReplayService(reader, parallel.broadcast_bytes)
+    return Rollouts(replay, NoEvaluation(), replay)
+
+
+def _make_transport(config: Config, connection: connect.Connection) -> Transport:
+    if config.weight_sync.transport == "disk":
+        return DiskTransport(connection.control, config.run_folder / "weights", Path(config.model.hf_path))
+    return BroadcastTransport(connection.control, connection.info.tensor_parallel_size)
 
 
 def make_sft_batches(config: Config, architecture: Architecture, tokenizer: Tokenizer) -> Iterator[list[Sample]]:

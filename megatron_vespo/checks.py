@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_vespo.config import Config, data_parallel_size
+from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_write
+from megatron_vespo.megatron_options import check_megatron_options, data_parallel_size
+from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.server_args import validate_server_args
 
 
@@ -17,19 +19,53 @@ def check_config(config: Config, world_size: int) -> None:
     Raises:
         UserError: The first thing that is wrong, naming the field.
     """
+    check_megatron_options(config.megatron)
+    _check_ranks(config, world_size)
+    if config.samples_from_server and config.rollout.server.python is None:
+        validate_server_args(config.sglang)
+    _check_model(config)
+    if config.rollout.replay is not None:
+        _check_replay(config, Path(config.rollout.replay))
+    else:
+        _check_data(config)
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    """Ranks enough and not too many."""
+    if config.objective == "rollout":
+        if world_size > 1:
+            raise UserError(
+                f"objective: rollout trains no model and runs on one rank, not on {world_size}; the server's own size"
+                " is sglang.tp_size"
+            )
+        return
     replicas = data_parallel_size(config.megatron, world_size)
     if config.objective == "rl":
         minibatch = (
             config.rollout.prompts_per_step * config.rollout.samples_per_prompt // config.training.minibatches_per_step
         )
         sizes = "rollout.prompts_per_step * rollout.samples_per_prompt / training.minibatches_per_step"
-        if config.rollout.server.python is None:
-            validate_server_args(config.sglang)
     else:
         minibatch, sizes = config.training.samples_per_step, "training.samples_per_step"
     if minibatch < replicas:
         raise UserError(f"{sizes} = {minibatch} samples are fewer than the {replicas} data-parallel ranks")
-    _check_model(config)
+
+
+def _check_replay(config: Config, folder: Path) -> None:
+    """A batch for every step, where making the run folder does not delete them."""
+    if folder.resolve().is_relative_to(config.run_folder.resolve()):
+        raise UserError(
+            f"rollout.replay: {folder} lies in this run's own folder, which starts empty; choose another run.name"
+        )
+    found, steps = len(list_batches(folder)), config.training.steps
+    if found < steps:
+        raise UserError(
+            f"rollout.replay: {folder} holds {found} saved rollout batches (batch_000001.msgpack, ...), fewer than"
+            f" training.steps={steps}"
+        )
+
+
+def _check_data(config: Config) -> None:
     for field, path in {"data.train": config.data.train, **_evaluation_files(config)}.items():
         if path is not None and not Path(path).is_file():
             raise UserError(f"{field}: {path} not found")
@@ -79,6 +115,8 @@ def prepare_run_folder(config: Config, resolved: str) -> None:
 
 def describe_layout(config: Config, world_size: int) -> str:
     """The parallel layout in words, for console and summary."""
+    if config.objective == "rollout":
+        return "1 rank, no trainer"
     sizes = {
         "TP": config.megatron.get("tensor_model_parallel_size", 1),
         "PP": config.megatron.get("pipeline_model_parallel_size", 1),

@@ -7,13 +7,11 @@ architecture is read from the Hugging Face ``config.json``, never typed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_vespo.errors import UserError
 from megatron_vespo.upstream import megatron_fields, nearest
 
 
@@ -86,6 +84,13 @@ class RolloutSection(Section):
     behavior_logprobs: Literal["rollout", "recompute"] = "rollout"
     """mu: `rollout` is what SGLang reported when it sampled the token; `recompute` is the trainer's own forward pass
     over the fresh batch, which hides the mismatch between the engines."""
+    save_batches: bool = False
+    """Keep every rollout batch whole, as rollouts/batch_000001.msgpack in the run folder, written before training on
+    it; always on with objective rollout."""
+    replay: str | None = None
+    """Objective rl: a folder of saved rollout batches to train on in the order of their numbers, training.steps of
+    them, without a server; data and evaluation are not used. Other settings than theirs of temperature,
+    prompts_per_step or samples_per_prompt are refused."""
     concurrency: int = Field(default=512, ge=1)
     """Requests in flight at once."""
     request_timeout: float = Field(default=600.0, gt=0)
@@ -97,7 +102,7 @@ class DataSection(Section):
     """Prompts: jsonl files, one object a line with ``prompt``, ``label`` and ``metadata``."""
 
     train: str | None = None
-    """Training prompts (objective rl) or texts (objective sft: ``prompt`` and ``response``, or ``text``)."""
+    """Training prompts (objectives rl and rollout) or texts (sft: ``prompt`` and ``response``, or ``text``)."""
     evaluation: dict[str, str] = {}
     """Held-out prompt files by the name that their metrics get."""
     shuffle: bool = True
@@ -130,7 +135,8 @@ class TrainingSection(Section):
     """How long, and in what pieces. Optimizer settings (lr, weight_decay, clip_grad, ...) are Megatron's."""
 
     steps: int = Field(ge=1)
-    """Rollout batches to train on (objective rl) or optimizer steps (objective sft)."""
+    """Rollout batches to train on (objective rl) or to generate (objective rollout), or optimizer steps (objective
+    sft)."""
     minibatches_per_step: int = Field(default=1, ge=1)
     """N: optimizer steps taken on each rollout batch."""
     samples_per_step: int = Field(default=64, ge=1)
@@ -156,7 +162,8 @@ class EvaluationSection(Section):
     """Scoring the prompts of ``data.evaluation``."""
 
     interval: int = Field(default=0, ge=0)
-    """Steps between evaluations; 0: only before the first and after the last step."""
+    """Steps between evaluations; 0: only before the first and after the last step. With objective rollout, whose
+    weights never change, only before the first."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses to each prompt; accuracy is their mean reward (avg@k)."""
     temperature: float = Field(default=1.0, ge=0)
@@ -186,8 +193,9 @@ class LoggingSection(Section):
 class Config(Section):
     """A run's whole configuration."""
 
-    objective: Literal["rl", "sft"] = "rl"
-    """`rl`: the VESPO loop; `sft`: supervised next-token training of the same model on the same scaffold."""
+    objective: Literal["rl", "sft", "rollout"] = "rl"
+    """`rl`: the VESPO loop; `sft`: supervised next-token training of the same model on the same scaffold; `rollout`:
+    generate, score and evaluate without a trainer, with the weights that the server loads from model.hf_path."""
     run: RunSection
     model: ModelSection
     megatron: dict[str, Any] = {}
@@ -216,51 +224,18 @@ class Config(Section):
                 f"training.minibatches_per_step={self.training.minibatches_per_step} does not divide the {samples}"
                 " samples of a step (rollout.prompts_per_step * rollout.samples_per_prompt)"
             )
-        if self.data.train is None:
+        if self.rollout.replay is not None and self.objective != "rl":
+            raise ValueError(f"rollout.replay: batches are trained on, which objective {self.objective} does not do")
+        if self.data.train is None and self.rollout.replay is None:
             raise ValueError("data.train: missing; name a jsonl file")
         return self
+
+    @property
+    def samples_from_server(self) -> bool:
+        """Whether the run generates with SGLang."""
+        return self.objective != "sft" and self.rollout.replay is None
 
     @property
     def run_folder(self) -> Path:
         """Folder of this run."""
         return Path(self.run.folder) / self.run.name
-
-
-# Megatron's default is the tensor-parallel size; whole experts are faster at the widths of today's models.
-DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE = 1
-
-
-def data_parallel_size(megatron: Mapping[str, Any], world_size: int) -> int:
-    """Check that a ``megatron:`` section fits the number of ranks, and say how many replicas it makes.
-
-    Raises:
-        UserError: It does not fit; the message names the fields and the sizes that would.
-    """
-    tensor, pipeline, virtual, context, expert = (
-        int(megatron.get(name) or 1)
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "virtual_pipeline_model_parallel_size",
-            "context_parallel_size",
-            "expert_model_parallel_size",
-        )
-    )
-    expert_tensor = int(megatron.get("expert_tensor_parallel_size") or DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
-    if context > 1:
-        raise UserError("megatron.context_parallel_size: only 1 is supported: log W must see whole sequences")
-    if virtual > 1:
-        raise UserError("megatron.virtual_pipeline_model_parallel_size: interleaved pipelines are not supported yet")
-    for names, needed in (
-        ("tensor_model_parallel_size x pipeline_model_parallel_size", tensor * pipeline),
-        (
-            "expert_model_parallel_size x expert_tensor_parallel_size x pipeline_model_parallel_size",
-            expert * expert_tensor * pipeline,
-        ),
-    ):
-        if world_size % needed:
-            raise UserError(
-                f"megatron: {names} = {needed} does not divide the {world_size} ranks of this job;"
-                f" start {needed} ranks or a multiple of it"
-            )
-    return world_size // (tensor * pipeline)

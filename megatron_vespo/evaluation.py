@@ -40,3 +40,15 @@ class Evaluator:
             groups = self.rollouts.evaluate(prompts, self.samples_per_prompt, self.sampling)
             values.update(evaluation_metrics(name, groups))
         return values
+
+
+class NoEvaluation:
+    """Where there is no server to sample from."""
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Never."""
+        return False
+
+    def run(self) -> Values:
+        """No metrics."""
+        return {}

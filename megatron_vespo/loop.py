@@ -12,21 +12,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from megatron_vespo import parallel
 from megatron_vespo.algorithms.loss import Aggregation
 from megatron_vespo.algorithms.weights import WeightKernel
 from megatron_vespo.batching import MicrobatchPlan, plan_microbatches, split_minibatches
-from megatron_vespo.evaluation import Evaluator
-from megatron_vespo.metrics.measure import minibatch_metrics, rollout_metrics, supervised_metrics
+from megatron_vespo.metrics.measure import Values, minibatch_metrics, rollout_metrics, supervised_metrics
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators
 from megatron_vespo.policy.packing import packed_length
 from megatron_vespo.policy.policy import Policy, Table
 from megatron_vespo.record import Recorder
-from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.types import Progress, Sample, SampleGroup
-from megatron_vespo.weight_sync.sync import WeightSync
+
+
+class RolloutSource(Protocol):
+    """Where batches come from: SGLang, or files."""
+
+    def start(self) -> None:
+        """Begin, with the weights of policy version 0 pushed."""
+
+    def next_batch(self) -> list[SampleGroup]:
+        """The next scored groups, the same on every rank."""
+        ...
+
+    def release(self, n: int) -> None:
+        """Let new prompts in for ``n`` groups trained on."""
+
+
+class WeightPush(Protocol):
+    """Where new weights go."""
+
+    def push(self, version: int) -> None:
+        """Sample with the current weights from now on, as this policy version."""
+
+
+class Evaluation(Protocol):
+    """Held-out accuracy."""
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether to evaluate after this step."""
+        ...
+
+    def run(self) -> Values:
+        """The metrics."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,12 +91,16 @@ class Schedule:
         steps: Rollout batches (RL) or optimizer steps (SFT).
         minibatches_per_step: N, optimizer steps on each rollout batch.
         max_tokens_per_microbatch: Packing limit.
+        microbatch_multiple: The number of microbatches is a multiple of this.
+        cost: Time that a sequence of so many tokens takes, in any unit; it balances the ranks.
         checkpoint_interval: Steps between checkpoints; 0: only after the last.
     """
 
     steps: int
     minibatches_per_step: int
     max_tokens_per_microbatch: int
+    microbatch_multiple: int
+    cost: Callable[[int], float]
     checkpoint_interval: int
 
     def plan(self, samples: Sequence[Sample]) -> MicrobatchPlan:
@@ -74,7 +109,9 @@ class Schedule:
             [packed_length(sample) for sample in samples],
             parallel.data_parallel_size(),
             self.max_tokens_per_microbatch,
+            self.cost,
             names=[sample.name for sample in samples],
+            multiple_of=self.microbatch_multiple,
         )
 
     def checkpoint_due(self, step: int) -> bool:
@@ -84,9 +121,9 @@ class Schedule:
 
 def train_rl(
     policy: Policy,
-    rollouts: RolloutService,
-    weight_sync: WeightSync,
-    evaluator: Evaluator,
+    rollouts: RolloutSource,
+    weight_sync: WeightPush,
+    evaluator: Evaluation,
     algorithm: Algorithm,
     schedule: Schedule,
     recorder: Recorder,
@@ -102,6 +139,7 @@ def train_rl(
         with recorder.timed("generate"):
             groups = rollouts.next_batch()
         algorithm.assign_advantages(groups)
+        recorder.record_batch(progress.step + 1, groups, progress.policy_version)
         samples = [sample for group in groups for sample in group.samples]
         log_w: dict[str, float] = {}
         with recorder.timed("train"):
@@ -162,6 +200,7 @@ def _update(
             "train/grad_norm": result.grad_norm,
             "train/grad_norm_max": result.grad_norm,
             "train/learning_rate": result.learning_rate,
+            **{f"train/{name}": value for name, value in result.router_losses.items()},
             "train/microbatches": plan.num_microbatches,
             "train/lockstep_efficiency": plan.efficiency,
         }

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_vespo import platform
-from megatron_vespo.config import DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE
-from megatron_vespo.config import data_parallel_size as data_parallel_size_of
 from megatron_vespo.errors import UserError
+from megatron_vespo.megatron_options import DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE
+from megatron_vespo.megatron_options import data_parallel_size as data_parallel_size_of
 
 platform.prepare()
 
@@ -104,14 +104,14 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     return mpu.get_tensor_model_parallel_group()
 
 
-def is_first_stage() -> bool:
-    """Whether this rank embeds tokens."""
-    return mpu.is_pipeline_first_stage()
+def is_first_stage(vp_stage: int | None = None) -> bool:
+    """Whether this rank embeds tokens; of an interleaved pipeline, whether this virtual stage of it does."""
+    return mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 
 
-def is_last_stage() -> bool:
-    """Whether this rank computes logits and the loss."""
-    return mpu.is_pipeline_last_stage()
+def is_last_stage(vp_stage: int | None = None) -> bool:
+    """Whether this rank computes log-probabilities and the loss; or this virtual stage of it."""
+    return mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 
 
 def expert_parallel_rank() -> int:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: console, metrics.jsonl, TensorBoard, sampled rollouts, summary. Only rank 0 writes."""
+"""What a run leaves behind: console, metrics.jsonl, TensorBoard, rollouts, summary. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_vespo.metrics.registry import StepMetrics, phase_metrics
 from megatron_vespo.metrics.report import write_report
 from megatron_vespo.metrics.sinks import MetricSink, RolloutSink
 from megatron_vespo.metrics.timers import Timers
+from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.types import SampleGroup
 
 
@@ -26,6 +27,7 @@ class Recorder:
         run_folder: For the summary.
         facts: What the summary says of the run besides its metrics.
         console_interval: Steps between lines on the console.
+        batch_sink: Where whole rollout batches go; None elsewhere, or if they are not kept.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class Recorder:
         run_folder: Path,
         facts: Mapping[str, str],
         console_interval: int = 1,
+        batch_sink: BatchSink | None = None,
     ) -> None:
         self._total_steps, self._console, self._sinks = total_steps, console, sinks
         self._rollout_sink, self._run_folder, self._facts = rollout_sink, run_folder, facts
-        self._console_interval = console_interval
+        self._console_interval, self._batch_sink = console_interval, batch_sink
         self._accuracy: dict[str, list[float]] = {}
         self._timers = Timers()
         self._step_began = time.monotonic()
@@ -60,6 +63,22 @@ class Recorder:
             with self._console.phase(name):
                 yield
 
+    def message(self, text: str) -> None:
+        """Say something on the console."""
+        if self._console is not None:
+            self._console.message(text)
+
+    def record_batch(self, step: int, groups: Sequence[SampleGroup], policy_version: int) -> None:
+        """Keep a rollout batch as training gets it: call this before anything in it is changed.
+
+        Args:
+            step: Number of the step that will train on it, from 1.
+            groups: The batch.
+            policy_version: Policy version that training on it begins with.
+        """
+        if self._batch_sink is not None:
+            self._batch_sink.write(step, groups, policy_version)
+
     def record_step(
         self,
         step: int,
@@ -74,8 +93,9 @@ class Recorder:
         self._timers.reset()
         values = metrics.result()
         values["perf/step_time"] = step_time
-        working = step_time - (values.get("perf/evaluate_time") or 0.0)
-        values["perf/tokens_per_second"] = (values.get("train/tokens") or 0.0) / working
+        tokens = values.get("train/tokens")
+        if tokens is not None:
+            values["perf/tokens_per_second"] = tokens / (step_time - (values.get("perf/evaluate_time") or 0.0))
         self._write(step, values)
         if self._rollout_sink is not None and groups:
             self._rollout_sink.write(step, groups, log_w)
@@ -99,7 +119,8 @@ class Recorder:
             return
         write_report(self._run_folder, self._facts, self._total_steps)
         for name, values in self._accuracy.items():
-            self._console.message(f"held-out accuracy of {name}: {values[0]:.3f} before, {values[-1]:.3f} after")
+            shown = f"{values[0]:.3f} before, {values[-1]:.3f} after" if len(values) > 1 else f"{values[0]:.3f}"
+            self._console.message(f"held-out accuracy of {name}: {shown}")
         self._console.message(f"summary: {self._run_folder / 'summary.md'}")
         self._console.close()
 

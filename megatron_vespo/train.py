@@ -83,16 +83,22 @@ def _report(error: UserError, config: Config) -> None:
 
 
 def run(config: Config, log: RankLog) -> None:
-    """Train as the configuration says; on one rank of the job."""
+    """Do what the configuration says; on one rank of the job."""
     with ExitStack() as stack:
         server = None
-        if os.environ["RANK"] == "0" and config.objective == "rl" and config.rollout.server.url is None:
+        if os.environ["RANK"] == "0" and config.samples_from_server and config.rollout.server.url is None:
             # Before the slow imports: the server does its own meanwhile.
             server = stack.enter_context(start_server(config))
 
         import torch  # noqa: F401 - its logger exists from here on
 
         log.adopt("torch")
+        if config.objective == "rollout":
+            from megatron_vespo.rollout_only import generate
+
+            log.write_to(config.run_folder / "logs" / "rank_0.log")
+            generate(config, server, stack)
+            return
         from megatron_vespo import parallel
         from megatron_vespo.training import train
 

@@ -24,9 +24,15 @@ def train(config: Config, server: SGLangServer | None, stack: ExitStack, *, layo
     architecture = load_architecture(config.model.hf_path)
     tokenizer = load_tokenizer(config.model.hf_path)
     facts = {"objective": config.objective, "model": config.model.hf_path, "layout": layout}
-    recorder = assemble.make_recorder(config, tokenizer, facts)
+    if config.rollout.replay is not None:
+        facts["rollouts"] = f"replayed from {config.rollout.replay}"
+    recorder = assemble.make_recorder(config, architecture, tokenizer, facts)
     stack.callback(recorder.finish)
-    schedule = assemble.make_schedule(config)
+    rollouts = None
+    if config.rollout.replay is not None:
+        rollouts = assemble.make_replay(config, architecture)  # before the model: the files may not fit
+        recorder.message(f"no server: training on the rollout batches in {config.rollout.replay}, without evaluation")
+    schedule = assemble.make_schedule(config, architecture)
     with recorder.phase(f"building the model ({layout})"):
         trainer = assemble.make_trainer(config, architecture)
     if config.objective == "sft":
@@ -34,8 +40,9 @@ def train(config: Config, server: SGLangServer | None, stack: ExitStack, *, layo
         train_sft(trainer.policy, batches, schedule, recorder, trainer.save)
         return
     algorithm = assemble.make_algorithm(config)
-    with recorder.phase("connecting to SGLang"):
-        rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, server, stack)
+    if rollouts is None:
+        with recorder.phase("connecting to SGLang"):
+            rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, server, stack)
     train_rl(
         trainer.policy,
         rollouts.service,

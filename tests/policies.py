@@ -24,13 +24,13 @@ from tests.ranks import run_ranks
 OPTIMIZER = {"lr": 3e-3, "adam_eps": 1e-2, "clip_grad": 0.2, "weight_decay": 0.1}
 
 
-def load_model(folder: Path, megatron: dict[str, Any], layer_spec: str = "local") -> Any:
-    """This rank's part of the model, weights loaded; the vocabulary padded to a multiple of 16."""
+def load_model(folder: Path, megatron: dict[str, Any], layer_spec: str = "local") -> list[Any]:
+    """This rank's chunks of the model, weights loaded; the vocabulary padded to a multiple of 16."""
     architecture = load_architecture(folder)
     config = transformer_config(architecture, megatron, layer_spec)
-    model = build_model(architecture, config, layer_spec=layer_spec, make_vocab_size_divisible_by=16)
-    load_hf_weights(model, architecture, HfReader(folder))
-    return model
+    chunks = build_model(architecture, config, layer_spec=layer_spec, make_vocab_size_divisible_by=16)
+    load_hf_weights(chunks, architecture, HfReader(folder))
+    return chunks
 
 
 def make_policy(folder: Path, megatron: dict[str, Any], temperature: float = 1.0, layer_spec: str = "local") -> Policy:
@@ -49,12 +49,15 @@ def make_policy(folder: Path, megatron: dict[str, Any], temperature: float = 1.0
     )
 
 
-def make_plan(samples: Sequence[Sample], max_tokens: int, empty: bool = False) -> list[list[int]]:
+def make_plan(samples: Sequence[Sample], max_tokens: int, empty: bool = False, multiple_of: int = 1) -> list[list[int]]:
     """This rank's microbatches; ``empty`` puts one without samples among them, at another place on each rank."""
     rank = parallel.data_parallel_rank()
-    plan = plan_microbatches([packed_length(s) for s in samples], parallel.data_parallel_size(), max_tokens).ranks[rank]
+    lengths = [packed_length(sample) for sample in samples]
+    size = parallel.data_parallel_size()
+    plan = plan_microbatches(lengths, size, max_tokens, multiple_of=multiple_of).ranks[rank]
     if empty:
         plan.insert(rank, [])
+        plan += [[]] * (-len(plan) % multiple_of)
     return plan
 
 

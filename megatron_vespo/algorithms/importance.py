@@ -7,7 +7,7 @@ metric always means that something went wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,42 +15,61 @@ from torch import Tensor
 
 # A weight phi below this counts as "the sample is hardly heard".
 SMALL_PHI = 0.1
+# Temporaries of work over packed tokens are this long, so that they are small beside the tokens themselves.
+TOKENS_PER_CHUNK = 8192
+
+
+def token_chunks(num_tokens: int) -> Iterator[slice]:
+    """Slices of at most ``TOKENS_PER_CHUNK`` tokens that cover ``num_tokens`` in order."""
+    for start in range(0, num_tokens, TOKENS_PER_CHUNK):
+        yield slice(start, min(start + TOKENS_PER_CHUNK, num_tokens))
+
+
+def add_to_samples(totals: Tensor, sample_index: Tensor, values: Tensor) -> None:
+    """Add each token's value to its sample: values [T], sample_index [T] in [0, S), totals [S] float64, in place.
+
+    Float64, because over 10,000 tokens float32 would lose digits of log W, and on a GPU, whose additions come in any
+    order, the result would change from run to run.
+    """
+    totals.index_add_(0, sample_index, values.double())
 
 
 def segment_sum(values: Tensor, sample_index: Tensor, num_samples: int) -> Tensor:
     """Sum of each sample's tokens: values [T], sample_index [T] in [0, S) -> [S]; 0 for a sample without tokens.
 
-    Adds up in float64 and returns ``values``' dtype: over 10,000 tokens float32 would lose digits of log W, and on a
-    GPU, whose additions come in any order, the result would change from run to run.
+    Adds up in float64, see ``add_to_samples``, in chunks of tokens, and returns ``values``' dtype. Not differentiable.
     """
-    total = torch.zeros(num_samples, dtype=torch.float64, device=values.device)
-    return total.index_add(0, sample_index, values.double()).to(values.dtype)
-
-
-def segment_max(values: Tensor, sample_index: Tensor, num_samples: int) -> Tensor:
-    """Largest of each sample's tokens, for values >= 0: [T] -> [S]; 0 for a sample without tokens."""
-    return values.new_zeros(num_samples).scatter_reduce(0, sample_index, values, reduce="amax")
+    values = values.detach()
+    totals = torch.zeros(num_samples, dtype=torch.float64, device=values.device)
+    for chunk in token_chunks(values.numel()):
+        add_to_samples(totals, sample_index[chunk], values[chunk])
+    return totals.to(values.dtype)
 
 
 def token_log_ratio(log_pi: Tensor, log_mu: Tensor) -> Tensor:
-    """The log ratio of each token, log pi - log mu, shape [T]; -inf where pi is 0, whatever mu is."""
+    """The log ratio of each token, log pi - log mu, shape [T]; -inf where pi is 0, whatever finite or 0 mu is."""
     return torch.where(log_pi.isneginf(), log_pi, log_pi - log_mu)
 
 
-def sequence_log_ratio(log_ratio: Tensor, sample_index: Tensor, num_samples: int) -> Tensor:
+def is_nonfinite(log_pi: Tensor, log_mu: Tensor) -> Tensor:
+    """Whether a token's log pi or log mu is NaN or +inf, which no probability has, shape [T]; -inf is legal."""
+    return ~(torch.maximum(log_pi, log_mu) < torch.inf)
+
+
+def sequence_log_ratio(total: Tensor, n_nonfinite: Tensor) -> Tensor:
     """The importance weight log W of each sample: the sum of its tokens' log ratios, not divided by its length.
 
     Args:
-        log_ratio: log pi - log mu of real response tokens (nats), shape [T]; infinities allowed, NaN not.
-        sample_index: Sample of each token, in [0, S), shape [T].
-        num_samples: S.
+        total: Sum of ``token_log_ratio`` over each sample, shape [S]; 0 for an empty response.
+        n_nonfinite: How many of the sample's tokens are ``is_nonfinite``, shape [S].
 
     Returns:
-        Shape [S]; 0 for an empty response, -inf where pi gives a token probability 0, +inf where only mu does.
+        Shape [S]; -inf where pi gives a token probability 0, +inf where only mu does, NaN exactly where
+        ``n_nonfinite`` is positive: such a sample has no log W, neither a finite nor an infinite one.
     """
-    log_w = segment_sum(log_ratio, sample_index, num_samples)
     # The sum is NaN where one token says -inf and another +inf. Then pi of the response is 0, and so is W.
-    return torch.where(log_w.isnan(), torch.full_like(log_w, -torch.inf), log_w)
+    log_w = total.masked_fill(total.isnan(), -torch.inf)
+    return log_w.masked_fill(n_nonfinite > 0, torch.nan)
 
 
 def effective_sample_size(log_weights: Tensor) -> float | None:

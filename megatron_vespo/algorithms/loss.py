@@ -4,31 +4,36 @@
 
 with kappa from a weight kernel and D a number of the whole global minibatch, known before the forward pass. So the sum
 of the returned losses over all microbatches and data-parallel ranks is the minibatch's loss, with no other scaling.
+
+The tokens are read twice, ``TOKENS_PER_CHUNK`` at a time: first for the sums of each sample, log W among them; then,
+as kappa needs the whole sample's log W, for kappa, the loss and its gradient. The loss is linear in log pi, so the
+gradient, -kappa * A / D, is known in the forward pass already. It is written into one buffer of log_pi's size, which
+the backward pass scales in place and hands out. Nothing else is as long as the tokens: beyond its inputs, 20 bytes a
+token in float32, the loss needs that gradient, 4 bytes a token, and a few chunks and a few numbers a sample.
+
+Nothing here waits for the device: no value is read on the host, and no shape depends on one. What must be known on the
+host to refuse a bad batch is counted in a column, ``n_nonfinite``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_vespo.algorithms.importance import segment_max, segment_sum, sequence_log_ratio, token_log_ratio
+from megatron_vespo.algorithms.importance import (
+    add_to_samples,
+    is_nonfinite,
+    sequence_log_ratio,
+    token_chunks,
+    token_log_ratio,
+)
 from megatron_vespo.algorithms.weights import Ratios, WeightKernel
 from megatron_vespo.errors import UserError
-
-
-class NonFiniteLogProbError(UserError):
-    """A log-probability of a real response token is NaN or +inf.
-
-    Attributes:
-        samples: Local indices of the samples it happened in, ascending. The caller knows their names.
-    """
-
-    def __init__(self, samples: list[int]) -> None:
-        super().__init__(f"log-probabilities of response tokens are NaN or +inf in samples {samples} of the microbatch")
-        self.samples = samples
 
 
 class Aggregation(StrEnum):
@@ -67,13 +72,13 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True)
 class PackedLogProbs:
-    """Log-probabilities of one microbatch, all samples in one row of T positions, in any order.
+    """Log-probabilities of the R real response tokens of one microbatch; prompts and padding have no place here.
 
     Attributes:
-        log_pi: log pi of the token at each position under the current policy (nats), shape [T], requires grad.
-        log_mu: log mu of it under the behaviour policy, shape [T], of log_pi's dtype.
-        sample_index: Local sample each position belongs to, shape [T], int64; anything where ``mask`` is False.
-        mask: True at real response tokens, shape [T], bool. Elsewhere any value is allowed, NaN included.
+        log_pi: log pi of each token under the current policy (nats), shape [R], float32 or float64, requires grad.
+        log_mu: log mu of it under the behaviour policy, shape [R], of log_pi's dtype.
+        entropy: Entropy of pi where the token was drawn (nats), shape [R], of log_pi's dtype, detached.
+        sample_index: Local sample each token belongs to, ascending, in [0, num_samples), shape [R], int64.
         num_samples: Samples of the microbatch, S; some may have no tokens.
 
     Raises:
@@ -83,8 +88,8 @@ class PackedLogProbs:
 
     log_pi: Tensor
     log_mu: Tensor
+    entropy: Tensor
     sample_index: Tensor
-    mask: Tensor
     num_samples: int
 
     def __post_init__(self) -> None:
@@ -95,28 +100,35 @@ class PackedLogProbs:
                     f"{name} is {dtype}; log-probabilities must be float32 or float64: log W sums thousands of them, "
                     "and rounding each to 16 bits makes phi wrong by 0.3 at 1024 tokens"
                 )
-        if self.log_pi.dtype != self.log_mu.dtype:
-            raise TypeError(f"log_pi is {self.log_pi.dtype} but log_mu is {self.log_mu.dtype}")
-        if self.sample_index.dtype != torch.int64 or self.mask.dtype != torch.bool:
-            raise TypeError(f"need int64 sample_index and bool mask, got {self.sample_index.dtype}, {self.mask.dtype}")
-        shapes = {tuple(x.shape) for x in (self.log_pi, self.log_mu, self.sample_index, self.mask)}
+        for name in ("log_mu", "entropy"):
+            if getattr(self, name).dtype != self.log_pi.dtype:
+                raise TypeError(f"log_pi is {self.log_pi.dtype} but {name} is {getattr(self, name).dtype}")
+        if self.sample_index.dtype != torch.int64:
+            raise TypeError(f"need int64 sample_index, got {self.sample_index.dtype}")
+        shapes = {tuple(x.shape) for x in (self.log_pi, self.log_mu, self.entropy, self.sample_index)}
         if len(shapes) != 1 or self.log_pi.dim() != 1:
-            raise ValueError(f"log_pi, log_mu, sample_index and mask must share one shape [T], got {sorted(shapes)}")
+            raise ValueError(f"log_pi, log_mu, entropy and sample_index must share one shape [R], got {sorted(shapes)}")
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossOutput:
     """The loss and, detached, what each sample contributed; every column has shape [S] and log_pi's dtype.
 
+    Where ``n_nonfinite`` is positive, log_w is NaN, kappa and sample_loss are 0, and the other sums and the maximum may
+    be NaN or infinite; the other samples, and the loss, are what they would be if this sample had advantage 0.
+
     Attributes:
-        loss: Scalar, differentiable; this microbatch's share of the minibatch loss.
+        loss: Scalar, differentiable once; this microbatch's share of the minibatch loss.
         sample_loss: What each sample adds to ``loss``.
-        log_w: log W (nats); 0 for an empty response, infinite where pi or mu give a token probability 0.
-        kappa: Weight, its mean over the sample's tokens; 0 where log W is infinite or the response empty.
+        log_w: log W (nats); 0 for an empty response, infinite where pi or mu give a token probability 0, NaN exactly
+            where ``n_nonfinite`` is positive.
+        kappa: Weight, its mean over the sample's tokens; 0 where log W is not finite or the response empty.
         sum_log_pi: Sum of log pi over the response (nats).
         sum_abs_log_ratio: Sum of |log pi - log mu| over the response (nats).
         max_abs_log_ratio: Largest |log pi - log mu| of the response (nats).
+        sum_entropy: Sum of the entropy over the response (nats).
         n_tokens: Response tokens.
+        n_nonfinite: Response tokens whose log pi or log mu is NaN or +inf. The caller must refuse the minibatch if any.
     """
 
     loss: Tensor
@@ -126,7 +138,9 @@ class PolicyLossOutput:
     sum_log_pi: Tensor
     sum_abs_log_ratio: Tensor
     max_abs_log_ratio: Tensor
+    sum_entropy: Tensor
     n_tokens: Tensor
+    n_nonfinite: Tensor
 
 
 def policy_loss[P](
@@ -139,12 +153,13 @@ def policy_loss[P](
 ) -> PolicyLossOutput:
     """The microbatch's share of the minibatch loss.
 
-    A sample contributes exactly nothing, to loss and gradient, where its advantage is 0, its response is empty, or a
-    token of it has probability 0 under pi or mu (log W infinite; kappa is 0 then, whatever the kernel).
+    A sample contributes exactly nothing, to loss and gradient, where its advantage is 0, its response is empty, a token
+    of it has probability 0 under pi or mu (log W infinite; kappa is 0 then, whatever the kernel), or a token of it is
+    NaN or +inf (``n_nonfinite``). One call of backward is possible.
 
     Args:
         inputs: Log-probabilities of S packed samples.
-        advantages: Advantage of each sample, shape [S], finite.
+        advantages: Advantage of each sample, shape [S]. The caller has seen to it that they are finite.
         kernel: Weight kernel, see ``weights.KERNELS``.
         params: The kernel's parameters.
         aggregation: ``token-mean`` divides by the minibatch's response tokens, ``seq-mean-token-sum`` by its samples
@@ -152,58 +167,76 @@ def policy_loss[P](
         denominators: Those numbers.
 
     Raises:
-        NonFiniteLogProbError: A log-probability of a real token is NaN or +inf.
-        ValueError: The shape of ``advantages`` is wrong, an advantage is not finite, or a real token's sample index is
-            out of range.
+        ValueError: The shape of ``advantages`` is wrong.
     """
     num_samples = inputs.num_samples
     if advantages.shape != (num_samples,):
         raise ValueError(f"advantages have shape {tuple(advantages.shape)}, expected ({num_samples},)")
-    advantages = advantages.detach().to(inputs.log_pi.dtype)
-    # Selecting, not multiplying by the mask: 0 * NaN is NaN, forward and backward.
-    log_pi, log_mu, sample_index = (x[inputs.mask] for x in (inputs.log_pi, inputs.log_mu, inputs.sample_index))
-    _check(log_pi.detach(), log_mu, sample_index, advantages)
-
+    dtype = inputs.log_pi.dtype
+    advantages = advantages.detach().to(dtype)
     with torch.no_grad():
-        log_ratio = token_log_ratio(log_pi, log_mu)
-        log_w = sequence_log_ratio(log_ratio, sample_index, num_samples)
-        finite = log_w.isfinite()[sample_index]
-        kappa = kernel(Ratios(log_ratio, sample_index, log_w, advantages), params)
-        kappa = torch.where(finite, kappa, torch.zeros_like(kappa))
-        token_advantages = advantages[sample_index]
-        heard = finite & (token_advantages != 0)
-        coefficient = kappa * token_advantages / denominators.of(aggregation)
+        columns = _sample_columns(inputs)
+        log_w = columns["log_w"]
+        usable = log_w.isfinite()
+        scale = (advantages / -denominators.of(aggregation)).masked_fill(~usable, 0)
 
-    # Both factors are replaced where a token is not heard, so that neither an infinite log pi nor its gradient is seen.
-    zero = torch.zeros_like(coefficient)
-    losses = -torch.where(heard, coefficient, zero) * torch.where(heard, log_pi, zero)
-
-    def total(values: Tensor) -> Tensor:
-        return segment_sum(values, sample_index, num_samples)
-
-    n_tokens = total(torch.ones_like(kappa))
+        sum_kappa, sample_loss = (torch.zeros_like(log_w, dtype=torch.float64) for _ in range(2))
+        gradient = torch.empty_like(inputs.log_pi)
+        for chunk in token_chunks(gradient.numel()):
+            log_pi, log_mu, sample_index = inputs.log_pi[chunk], inputs.log_mu[chunk], inputs.sample_index[chunk]
+            kappa = kernel(Ratios(token_log_ratio(log_pi, log_mu), sample_index, log_w, advantages), params)
+            token_scale = scale.index_select(0, sample_index)
+            # Filled as well, because 0 * NaN is NaN: kappa may be anything where the scale is 0.
+            gradient[chunk] = (kappa * token_scale).masked_fill_(token_scale == 0, 0)
+            add_to_samples(sum_kappa, sample_index, kappa)
+            add_to_samples(sample_loss, sample_index, gradient[chunk] * log_pi)
+        # Infinite and NaN tokens have spoilt the sums of their own samples only.
+        kappa_mean = (sum_kappa / columns["n_tokens"].clamp(min=1)).masked_fill(~usable, 0).to(dtype)
+        sample_loss = sample_loss.masked_fill(~usable, 0)
+        loss = sample_loss.sum().to(dtype)
     return PolicyLossOutput(
-        loss=losses.sum(),
-        sample_loss=total(losses.detach()),
-        log_w=log_w,
-        kappa=total(kappa) / n_tokens.clamp(min=1),
-        sum_log_pi=total(log_pi.detach()),
-        sum_abs_log_ratio=total(log_ratio.abs()),
-        max_abs_log_ratio=segment_max(log_ratio.abs(), sample_index, num_samples),
-        n_tokens=n_tokens,
+        loss=_KnownGradient.apply(inputs.log_pi, loss, gradient),
+        sample_loss=sample_loss.to(dtype),
+        kappa=kappa_mean,
+        **columns,
     )
 
 
-def _check(log_pi: Tensor, log_mu: Tensor, sample_index: Tensor, advantages: Tensor) -> None:
-    """Refuse bad real tokens. One look at the result in the good case, as each makes a GPU wait."""
-    num_samples = advantages.numel()
-    bad_token = log_pi.isnan() | log_mu.isnan() | log_pi.isposinf() | log_mu.isposinf()
-    bad_index = (sample_index < 0) | (sample_index >= num_samples)
-    bad_advantage = ~advantages.isfinite()
-    if not (bad_token.any() | bad_index.any() | bad_advantage.any()):
-        return
-    if bad_index.any():
-        raise ValueError(f"sample_index of real tokens must lie in [0, {num_samples}): {sample_index[bad_index][:8]}")
-    if bad_advantage.any():
-        raise ValueError(f"advantages of samples {bad_advantage.nonzero().flatten().tolist()} are not finite")
-    raise NonFiniteLogProbError(sample_index[bad_token].unique().tolist())
+def _sample_columns(inputs: PackedLogProbs) -> dict[str, Tensor]:
+    """The columns of ``PolicyLossOutput`` that need neither advantages nor kappa."""
+    names = ("log_w", "sum_log_pi", "sum_abs_log_ratio", "sum_entropy", "n_tokens", "n_nonfinite")
+    sums = {name: inputs.log_pi.new_zeros(inputs.num_samples, dtype=torch.float64) for name in names}
+    largest = inputs.log_pi.new_zeros(inputs.num_samples)
+    for chunk in token_chunks(inputs.log_pi.numel()):
+        log_pi, log_mu, sample_index = inputs.log_pi[chunk], inputs.log_mu[chunk], inputs.sample_index[chunk]
+        log_ratio = token_log_ratio(log_pi, log_mu)
+        add_to_samples(sums["log_w"], sample_index, log_ratio)
+        add_to_samples(sums["sum_log_pi"], sample_index, log_pi)
+        add_to_samples(sums["sum_abs_log_ratio"], sample_index, log_ratio.abs())
+        add_to_samples(sums["sum_entropy"], sample_index, inputs.entropy[chunk])
+        add_to_samples(sums["n_tokens"], sample_index, torch.ones_like(log_pi))
+        add_to_samples(sums["n_nonfinite"], sample_index, is_nonfinite(log_pi, log_mu))
+        largest.scatter_reduce_(0, sample_index, log_ratio.abs(), reduce="amax")
+    columns = {name: total.to(inputs.log_pi.dtype) for name, total in sums.items()}
+    columns["log_w"] = sequence_log_ratio(columns["log_w"], columns["n_nonfinite"])
+    return columns | {"max_abs_log_ratio": largest}
+
+
+class _KnownGradient(torch.autograd.Function):
+    """``value``, whose gradient with respect to ``variable`` is known: the buffer ``gradient``.
+
+    The buffer is not copied: backward scales it in place and gives it away, so there can be one backward only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, variable: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("a second backward through policy_loss; its gradient was given away in the first")
+        return gradient.mul_(grad_output), None, None

@@ -29,10 +29,15 @@ MAX_LOG_W_LIMIT = 88.0
 class Ratios:
     """What a kernel may look at: real response tokens only, no padding, nothing that requires grad.
 
+    The T tokens may be a part of the microbatch's: the loss calls the kernel once for each chunk of tokens, and a chunk
+    may begin or end within a sample. What belongs to a sample is always whole. So a kernel gives each token its kappa
+    from that token and its sample alone; it must not sum or count over ``log_ratio``.
+
     Attributes:
-        log_ratio: log pi - log mu of each token (nats), shape [T], float32 or float64; -inf and +inf are possible.
+        log_ratio: log pi - log mu of each token (nats), shape [T], float32 or float64; NaN and infinities are possible.
         sample_index: Local sample each token belongs to, in [0, S), shape [T], int64.
-        log_w: Sum of ``log_ratio`` over each sample, shape [S]; 0 for an empty response.
+        log_w: Sum of the log ratio over all tokens of each sample, shape [S]; 0 for an empty response, infinite or NaN
+            as ``importance.sequence_log_ratio`` says.
         advantages: Advantage of each sample, shape [S].
     """
 
@@ -148,7 +153,7 @@ def vespo(ratios: Ratios, params: VespoParams) -> Tensor:
         vespo_phi(ratios.log_w, params.c1_pos, params.c2_pos, limit),
         vespo_phi(ratios.log_w, params.c1_neg, params.c2_neg, limit),
     )
-    return phi[ratios.sample_index]
+    return phi.index_select(0, ratios.sample_index)
 
 
 @dataclass(frozen=True, slots=True)

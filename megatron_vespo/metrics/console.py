@@ -55,6 +55,15 @@ RL_COLUMNS = (
     Column("tok/s", 8, _value("perf/tokens_per_second", ",.0f")),
     Column("gen/train/sync s", 17, _time_split),
 )
+ROLLOUT_COLUMNS = (
+    Column("reward", 7, _value("rollout/reward_mean", ".3f")),
+    Column("std", 6, _value("rollout/reward_std", ".3f")),
+    Column("length", 8, _value("rollout/response_length_mean", ",.1f")),
+    Column("longest", 8, _value("rollout/response_length_max", ",.0f")),
+    Column("cut", 6, _value("rollout/truncated_share", ".3f")),
+    Column("equal", 6, _value("rollout/equal_reward_share", ".3f")),
+    Column("gen s", 8, _value("perf/generate_time", ".3g")),
+)
 SFT_COLUMNS = (
     Column("loss", 8, _value("train/loss", ".4f")),
     Column("accuracy", 8, _value("train/accuracy", ".3f")),
@@ -68,7 +77,7 @@ class Console:
 
     Args:
         total_steps: Steps of the whole run.
-        columns: ``RL_COLUMNS`` or ``SFT_COLUMNS``.
+        columns: ``RL_COLUMNS``, ``ROLLOUT_COLUMNS`` or ``SFT_COLUMNS``.
         stream: Where to print.
         clock: Seconds, for tests.
     """

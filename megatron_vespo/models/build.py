@@ -24,8 +24,32 @@ _DEFAULTS: dict[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",  # the only dispatcher for expert parallelism on every backend
     "moe_router_load_balancing_type": "none",  # a balancing loss would move the policy away from the reward
     "moe_aux_loss_coeff": 0.0,
-    "check_for_nan_in_grad": True,
 }
+# What a model computes is read from its config.json, so that the server and the trainer agree; Megatron's default holds
+# where a family says nothing.
+_ARCHITECTURE_FIELDS = {
+    "activation_func_clamp_value",
+    "apply_residual_connection_post_layernorm",
+    "experimental_attention_variant",
+    "glu_linear_offset",
+    "layernorm_zero_centered_gamma",
+    "moe_layer_freq",
+    "moe_router_enable_expert_bias",
+    "moe_router_group_topk",
+    "moe_router_num_groups",
+    "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+    "moe_shared_expert_gate",
+    "moe_shared_expert_intermediate_size",
+    "multi_latent_attention",
+    "no_rope_freq",
+    "rotary_interleaved",
+    "softmax_scale",
+    "softmax_type",
+    "window_size",
+}
+# The interleaved schedule as Megatron-LM runs it. With gloo any other way gives wrong gradients without an error.
+_INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 # Packed microbatches differ in length, so pipeline stages must tell each other the shape.
 _FIXED: dict[str, Any] = {"variable_seq_lengths": True, "activation_func": F.silu}
 
@@ -74,10 +98,13 @@ def transformer_config(architecture: Architecture, section: dict[str, Any], laye
             the combination.
     """
     fixed = {**architecture.transformer_config(), **_FIXED}
-    for name in sorted(fixed.keys() & section.keys()):
+    for name in sorted((fixed.keys() | _ARCHITECTURE_FIELDS) & section.keys()):
         raise UserError(f"megatron.{name}: fixed by the model ({architecture.source}); remove it")
     dtype = _dtype(section)
-    grouped = layer_spec == "transformer_engine" and "num_moe_experts" in fixed
+    moe = "num_moe_experts" in fixed
+    if moe and parallel.tensor_parallel_size() > 1 and not section.get("sequence_parallel"):
+        raise UserError("megatron.sequence_parallel: must be true for a mixture of experts with tensor parallelism")
+    grouped = layer_spec == "transformer_engine" and moe
     values = {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -86,6 +113,7 @@ def transformer_config(architecture: Architecture, section: dict[str, Any], laye
         "moe_grouped_gemm": grouped,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
         **_typed(TransformerConfig, {**_DEFAULTS, **section}),
+        **(_INTERLEAVED if section.get("virtual_pipeline_model_parallel_size") else {}),
         **fixed,
     }
     return _construct(TransformerConfig, values)
@@ -110,9 +138,9 @@ def padded_vocab_size(architecture: Architecture, divisible_by: int) -> int:
     return -(-architecture.vocab_size // multiple) * multiple
 
 
-def _block_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
     if layer_spec == "local":
-        return local_block_spec(config)
+        return local_block_spec(config, vp_stage)
     try:
         import transformer_engine.pytorch  # noqa: F401 - Megatron swallows its ImportError and fails later, obscurely
     except ImportError as error:
@@ -122,12 +150,12 @@ def _block_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockS
         ) from error
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
 
 def build_model(
     architecture: Architecture, config: TransformerConfig, *, layer_spec: str, make_vocab_size_divisible_by: int
-) -> GPTModel:
+) -> list[GPTModel]:
     """This rank's part of the model, weights random, on the CPU or the current GPU.
 
     Args:
@@ -135,16 +163,24 @@ def build_model(
         config: From ``transformer_config()``.
         layer_spec: ``local`` (torch-native) or ``transformer_engine``.
         make_vocab_size_divisible_by: Vocabulary padding.
+
+    Returns:
+        The chunks of this pipeline stage in order: one, or one for each virtual stage of an interleaved pipeline.
     """
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=_block_spec(config, layer_spec),
-        vocab_size=padded_vocab_size(architecture, make_vocab_size_divisible_by),
-        max_sequence_length=architecture.context_length,
-        pre_process=parallel.is_first_stage(),
-        post_process=parallel.is_last_stage(),
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-    )
-    return model.cuda() if torch.cuda.is_available() else model
+    virtual = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(virtual) if virtual else (None,):
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, layer_spec, vp_stage),
+            vocab_size=padded_vocab_size(architecture, make_vocab_size_divisible_by),
+            max_sequence_length=architecture.context_length,
+            pre_process=parallel.is_first_stage(vp_stage),
+            post_process=parallel.is_last_stage(vp_stage),
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
+    return chunks

@@ -6,7 +6,7 @@ their shards to rank 0, many weights to a message, and rank 0 puts the HF tensor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,7 +99,7 @@ def _place(weight: Weight, rules: dict[str, Rule], architecture: Architecture) -
     )
 
 
-def load_hf_weights(model: GPTModel, architecture: Architecture, reader: HfReader) -> None:
+def load_hf_weights(chunks: Sequence[GPTModel], architecture: Architecture, reader: HfReader) -> None:
     """Fill this rank's weights from a Hugging Face folder. A collective.
 
     Raises:
@@ -107,7 +107,7 @@ def load_hf_weights(model: GPTModel, architecture: Architecture, reader: HfReade
     """
     rules = _rules(architecture)
     read: set[str] = set()
-    for weight in named_weights(model):
+    for weight in named_weights(chunks):
         placement = _place(weight, rules, architecture)
         _check_source(placement, reader)
         read.update(placement.names)
@@ -145,18 +145,18 @@ Key = tuple[str, ...]
 class HfExporter:
     """Streams the sharded weights out under Hugging Face names. Built once, used for every push and save."""
 
-    def __init__(self, model: GPTModel, architecture: Architecture, bucket_bytes: int = 512 * 2**20) -> None:
+    def __init__(self, chunks: Sequence[GPTModel], architecture: Architecture, bucket_bytes: int = 512 * 2**20) -> None:
         """Agree with all ranks on who sends what. A collective.
 
         Args:
-            model: This rank's part; its parameters are read anew at every ``stream()``.
+            chunks: This rank's part; its parameters are read anew at every ``stream()``.
             architecture: Its architecture.
             bucket_bytes: Rank 0 puts together about this much at a time.
         """
         rules = _rules(architecture)
         self._local: dict[Key, torch.Tensor] = {}
         mine: dict[Key, _Shard] = {}
-        for weight in named_weights(model):
+        for weight in named_weights(chunks):
             placement = _place(weight, rules, architecture)
             if placement.owner:
                 self._local[placement.names] = weight.data

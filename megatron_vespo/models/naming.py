@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,12 @@ class Weight:
         return template.format(layer=self.layer, expert=self.expert)
 
 
-def named_weights(model: GPTModel) -> list[Weight]:
+def named_weights(chunks: Sequence[GPTModel]) -> list[Weight]:
     """The weights of this rank under canonical names, layers and experts numbered globally, in the model's order."""
+    return [weight for chunk in chunks for weight in _chunk_weights(chunk)]
+
+
+def _chunk_weights(model: GPTModel) -> list[Weight]:
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
     first_expert = 0
     if model.config.num_moe_experts:

@@ -97,7 +97,7 @@ def _segments(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
     return [segment.transpose(0, 1) for segment in tensor.split(lengths)]
 
 
-def local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with these modules in place of its norm and attention, for this pipeline stage."""
     layer = get_gpt_layer_local_submodules(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -112,4 +112,6 @@ def local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         self_attention=replace(attention, submodules=submodules),
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )

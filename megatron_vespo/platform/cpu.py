@@ -112,6 +112,35 @@ def _all_to_all_single(
     return torch.distributed.all_to_all_single(output, input, sizes[0], sizes[1], group=group, async_op=async_op)
 
 
+def _all_gather(outputs: list[torch.Tensor], input: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+    """The gloo backend gathers only equal shapes; expert tensor parallelism needs others (mappings.py:154)."""
+    if len({output.shape for output in outputs}) == 1:
+        return torch.distributed.all_gather(outputs, input, group=group, async_op=async_op)
+    inputs = [input.contiguous()] * len(outputs)
+    return _exchange(outputs, inputs, group)
+
+
+def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None) -> Any:
+    """The same the other way round (mappings.py:197); the sum runs in rank order on every rank."""
+    parts = [torch.empty_like(output) for _ in inputs]
+    _exchange(parts, [part.contiguous() for part in inputs], group)
+    torch.sum(torch.stack(parts), dim=0, out=output)
+
+
+def _exchange(outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any) -> None:
+    """All-to-all of a tensor for each rank, of any sizes."""
+    received = outputs[0].new_empty(sum(output.numel() for output in outputs))
+    torch.distributed.all_to_all_single(
+        received,
+        torch.cat([part.reshape(-1) for part in inputs]),
+        [output.numel() for output in outputs],
+        [part.numel() for part in inputs],
+        group=group,
+    )
+    for output, part in zip(outputs, received.split([output.numel() for output in outputs]), strict=True):
+        output.copy_(part.view(output.shape))
+
+
 # torch.cuda.<name> as megatron.core sees it.
 _CUDA: dict[str, Any] = {
     "current_device": lambda: (
@@ -132,6 +161,13 @@ _CUDA: dict[str, Any] = {
     "stream": _on_stream,
     "synchronize": _nothing,  # pipeline_parallel/p2p_communication.py:419
     "empty_cache": _nothing,
+}
+
+# torch.distributed.<name> as megatron.core sees it.
+_DISTRIBUTED = {
+    "all_to_all_single": _all_to_all_single,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
 }
 
 # torch.<name>(device="cuda") as megatron.core calls it.
@@ -166,7 +202,7 @@ def _megatron_torch() -> types.ModuleType:
     random = _copy_namespace(torch.cuda.random, {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state})
     overrides: dict[str, Any] = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
     overrides["cuda"] = _copy_namespace(torch.cuda, {**_CUDA, "random": random})
-    overrides["distributed"] = _copy_namespace(torch.distributed, {"all_to_all_single": _all_to_all_single})
+    overrides["distributed"] = _copy_namespace(torch.distributed, _DISTRIBUTED)
     return _copy_namespace(torch, overrides)
 
 

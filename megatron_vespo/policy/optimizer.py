@@ -9,11 +9,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vespo.errors import UserError
 
 
-def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Megatron's optimizer; distributed over the data-parallel ranks if ``use_distributed_optimizer``."""
-    if config.use_distributed_optimizer != model.ddp_config.use_distributed_optimizer:
+    if config.use_distributed_optimizer != chunks[0].ddp_config.use_distributed_optimizer:
         raise UserError("megatron.use_distributed_optimizer must be the same for optimizer and gradient buffers")
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, chunks)
 
 
 def build_scheduler(

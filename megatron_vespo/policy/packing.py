@@ -1,19 +1,23 @@
 """Samples of one microbatch, packed without padding into one row of tokens.
 
 Position p holds an input token and the token it must predict. A sample of P prompt and R response tokens takes
-P + R - 1 positions (its last token is predicted, never fed), and its last R positions are response positions.
-A worked example, prompt [5, 9], response [8, 1], then prompt [7], response [3], aligned to 6::
+P + R - 1 positions (its last token is predicted, never fed), and its last R positions are its response rows. Only these
+ever reach the output layer and the loss. Samples that are trained on come first, so that their rows do too.
+A worked example, prompt [7], response [3] with advantage 0, then prompt [5, 9], response [8, 1], aligned to 6::
 
-    tokens        5  9  8 | 7 | 0  0
-    targets       9  8  1 | 3 | 0  0
-    mask          .  x  x | x | .  .
-    sample_index  0  0  0 | 1 | -1 -1
-    cu_seqlens    0        3   4     6       (the padding is a segment of its own)
+    tokens         5  9  8 | 7 | 0  0
+    positions      0  1  2 | 0 | 0  1
+    cu_seqlens     0         3   4     6       (the padding is a segment of its own)
+    padding        .  .  . | . | x  x
+    rows           1  2  3                     (positions in the row of tokens)
+    targets        8  1  3
+    sample_index   0  0  1                     (sample 0 here is number 1 of the minibatch)
+    trained_rows   2
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,36 +30,38 @@ from megatron_vespo.types import Sample
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One microbatch on the device of the model. T positions, S samples.
+    """One microbatch on the device of the model. T positions, S samples, R response tokens.
 
     Attributes:
         tokens: Input tokens, [T] int64.
-        targets: Token to predict at each position, [T] int64; 0 in padding.
         positions: Position within the sample, [T] int64.
-        mask: Whether the target is a response token, [T] bool.
-        sample_index: Which of the S samples a position belongs to, [T] int64; -1 in padding.
-        log_mu: Behaviour log-probability of the target where ``mask``, [T] float32.
+        padding: Whether a position belongs to no sample, [T] bool. All False in a microbatch without samples.
+        packed_seq_params: Segment borders for attention.
+        rows: Positions of the response tokens, sample after sample, [R] int64.
+        targets: The response tokens, [R] int64.
+        log_mu: Their behaviour log-probabilities (nats), [R] float32.
+        sample_index: Which of the S samples each belongs to, ascending, [R] int64.
+        trained_rows: The first so many rows have a gradient; the coefficient of the others is known to be 0.
         advantages: [S] float32.
         indices: Number of each sample in the global minibatch, [S] int64.
-        names: Their names, for messages.
-        packed_seq_params: Segment borders for attention.
     """
 
     tokens: Tensor
-    targets: Tensor
     positions: Tensor
-    mask: Tensor
-    sample_index: Tensor
+    padding: Tensor
+    packed_seq_params: PackedSeqParams
+    rows: Tensor
+    targets: Tensor
     log_mu: Tensor
+    sample_index: Tensor
+    trained_rows: int
     advantages: Tensor
     indices: Tensor
-    names: tuple[str, ...]
-    packed_seq_params: PackedSeqParams
 
     @property
     def num_samples(self) -> int:
         """S."""
-        return len(self.names)
+        return len(self.indices)
 
 
 def packed_length(sample: Sample) -> int:
@@ -63,57 +69,68 @@ def packed_length(sample: Sample) -> int:
     return max(sample.total_length - 1, 1)
 
 
-def pack(samples: Sequence[Sample], indices: Sequence[int], *, alignment: int, device: torch.device) -> PackedBatch:
+def pack(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    *,
+    trains: Callable[[Sample], bool],
+    alignment: int,
+    device: torch.device,
+) -> PackedBatch:
     """Pack one microbatch.
 
     Args:
         samples: The samples of the global minibatch.
         indices: Those of this microbatch, by number.
+        trains: Whether a sample has a gradient.
         alignment: T is padded to a multiple of this (tensor-parallel size under sequence parallelism, 16 for FP8).
         device: Where the tensors go.
     """
-    chosen = [samples[i] for i in indices]
+    order = sorted(indices, key=lambda i: not trains(samples[i]))  # stable
+    chosen = [samples[i] for i in order]
     lengths = [packed_length(sample) for sample in chosen]
+    responses = [len(sample.response_ids) for sample in chosen]
     filled = sum(lengths)
     total = max(-(-filled // alignment), 1) * alignment  # a microbatch without samples is all padding
-    tokens, targets, positions = (np.zeros(total, dtype=np.int64) for _ in range(3))
-    mask = np.zeros(total, dtype=bool)
-    owner = np.full(total, -1, dtype=np.int64)
-    log_mu = np.zeros(total, dtype=np.float32)
-    start = 0
-    for number, (sample, length) in enumerate(zip(chosen, lengths, strict=True)):
-        stop, size = start + length, len(sample.response_ids)
-        ids = np.concatenate([sample.prompt.input_ids, sample.response_ids])
-        tokens[start:stop] = ids[:length]
-        targets[start : start + len(ids) - 1] = ids[1:]
-        positions[start:stop] = np.arange(length)
-        owner[start:stop] = number
-        mask[stop - size : stop] = True
-        log_mu[stop - size : stop] = sample.log_mu
-        start = stop
-    positions[filled:] = np.arange(total - filled)
-    borders = np.cumsum([0, *lengths, *([total - filled] if total > filled else [])])
-    longest = int(np.diff(borders).max())
-    cu_seqlens = torch.from_numpy(borders.astype(np.int32)).to(device)
+    tokens = np.zeros(total, dtype=np.int64)
+    stops = np.cumsum(lengths, dtype=np.int64)
+    for sample, start, stop in zip(chosen, stops - lengths, stops, strict=True):
+        tokens[start:stop] = np.concatenate([sample.prompt.input_ids, sample.response_ids])[: stop - start]
 
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
+    def tensor(array: np.ndarray, dtype: type) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device, non_blocking=True)
 
+    ranges = [np.arange(length) for length in (*lengths, total - filled)]
+    rows = [np.arange(stop - size, stop) for stop, size in zip(stops, responses, strict=True)]
     return PackedBatch(
-        tokens=tensor(tokens),
-        targets=tensor(targets),
-        positions=tensor(positions),
-        mask=tensor(mask),
-        sample_index=tensor(owner),
-        log_mu=tensor(log_mu),
-        advantages=torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32, device=device),
-        indices=torch.tensor(list(indices), dtype=torch.int64, device=device),
-        names=tuple(sample.name for sample in chosen),
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
+        tokens=tensor(tokens, np.int64),
+        positions=tensor(np.concatenate(ranges), np.int64),
+        # A load-balancing loss over no token at all would be 0/0.
+        padding=tensor(np.arange(total) >= (filled or total), np.bool_),
+        packed_seq_params=_segments(lengths, total, device),
+        rows=tensor(_joined(rows), np.int64),
+        targets=tensor(_joined([sample.response_ids for sample in chosen]), np.int64),
+        log_mu=tensor(_joined([sample.log_mu for sample in chosen]), np.float32),
+        sample_index=tensor(np.repeat(np.arange(len(chosen)), responses), np.int64),
+        trained_rows=sum(size for sample, size in zip(chosen, responses, strict=True) if trains(sample)),
+        advantages=tensor(np.array([sample.advantage for sample in chosen]), np.float32),
+        indices=tensor(np.array(order), np.int64),
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0)
+
+
+def _segments(lengths: Sequence[int], total: int, device: torch.device) -> PackedSeqParams:
+    """Borders of the samples; what is left of the row is one more segment."""
+    borders = np.cumsum([0, *lengths, *([total - sum(lengths)] if total > sum(lengths) else [])], dtype=np.int32)
+    cu_seqlens = torch.from_numpy(borders).to(device)
+    longest = int(np.diff(borders).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )

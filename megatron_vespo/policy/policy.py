@@ -3,12 +3,12 @@
 Every rank holds all samples of a minibatch and trains on the microbatches planned for its data-parallel rank. Figures
 of the samples come back as one table of the whole minibatch: each sample is filled in by the one rank that reports it
 (last pipeline stage, first tensor-parallel rank) and a single sum over all ranks completes the table everywhere. So no
-metric needs a reduction of its own, and none depends on the layout.
+metric needs a reduction of its own, none depends on the layout, and the host waits for the device once a minibatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,14 +25,18 @@ from torch import Tensor
 
 from megatron_vespo import parallel, platform
 from megatron_vespo.errors import UserError
-from megatron_vespo.policy.logprobs import TokenLogProbs, token_log_probs
-from megatron_vespo.policy.objectives import Columns, Objective
+from megatron_vespo.policy.head import log_prob_head
+from megatron_vespo.policy.logprobs import TokenLogProbs
+from megatron_vespo.policy.objectives import NONFINITE, Objective
 from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler
 from megatron_vespo.policy.packing import PackedBatch, pack
+from megatron_vespo.policy.router_losses import take_router_losses
 from megatron_vespo.types import FloatArray, Sample
 
 Table = dict[str, np.ndarray]
 """Figures of all samples of a minibatch by name, each [samples] float64, equal on all ranks."""
+Finish = Callable[[PackedBatch, TokenLogProbs], Tensor]
+"""Takes what the last stage computed of a microbatch, and returns the scalar to differentiate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,12 @@ class StepResult:
     Attributes:
         grad_norm: Norm of the whole gradient before clipping.
         learning_rate: Rate that was applied.
+        router_losses: Auxiliary losses of the routers that are on, by name, without their coefficients.
     """
 
     grad_norm: float
     learning_rate: float
+    router_losses: dict[str, float]
 
 
 class Policy:
@@ -53,7 +59,7 @@ class Policy:
 
     def __init__(
         self,
-        model: GPTModel,
+        chunks: Sequence[GPTModel],
         *,
         ddp_config: DistributedDataParallelConfig,
         optimizer_config: OptimizerConfig,
@@ -67,7 +73,7 @@ class Policy:
         """Wrap the model for training.
 
         Args:
-            model: From ``models.build_model``, weights loaded: the optimizer copies them.
+            chunks: From ``models.build_model``, weights loaded: the optimizer copies them.
             ddp_config: Gradient buffers.
             optimizer_config: Optimizer.
             total_steps: Optimizer steps of the run, for the schedule.
@@ -77,10 +83,18 @@ class Policy:
             temperature: Sampling temperature; log-probabilities are of softmax(logits / temperature).
             alignment: Packed microbatches are padded to a multiple of it.
         """
-        config = model.config
-        module = Float16Module(config, model) if config.bf16 or config.fp16 else model
-        self.module = model
-        self._ddp = DistributedDataParallel(config, ddp_config, module)
+        config = chunks[0].config
+        self.chunks = chunks
+        self._ddp = [
+            DistributedDataParallel(
+                config,
+                ddp_config,
+                Float16Module(config, chunk) if config.bf16 or config.fp16 else chunk,
+                # As Megatron-LM: only the first chunk's gradients are reduced in buckets while others are computed.
+                disable_bucketing=number > 0,
+            )
+            for number, chunk in enumerate(chunks)
+        ]
         self._optimizer: MegatronOptimizer = build_optimizer(optimizer_config, self._ddp)
         self._scheduler: OptimizerParamScheduler = build_scheduler(
             self._optimizer,
@@ -90,14 +104,15 @@ class Policy:
             decay_style=decay_style,
         )
         self._vocab_size, self._temperature, self._alignment = vocab_size, temperature, alignment
-        config.no_sync_func = self._ddp.no_sync
+        # The schedules want one function, or a list of one for each chunk of an interleaved pipeline.
+        config.no_sync_func = _one_or_all([ddp.no_sync for ddp in self._ddp])
+        if ddp_config.overlap_grad_reduce:
+            config.grad_sync_func = _one_or_all([ddp.start_grad_sync for ddp in self._ddp])
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self._optimizer.scale_loss
-        if ddp_config.overlap_grad_reduce:
-            config.grad_sync_func = self._ddp.start_grad_sync
-        if ddp_config.overlap_param_gather:
-            config.param_sync_func = self._ddp.start_param_sync
-        self._ddp.broadcast_params()
+        for ddp in self._ddp:
+            ddp.broadcast_params()
+        self._router_losses: dict[str, float] = {}
 
     def forward_backward(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], objective: Objective) -> Table:
         """Accumulate the gradient of one global minibatch.
@@ -109,21 +124,29 @@ class Policy:
 
         Returns:
             Figures of all samples.
+
+        Raises:
+            UserError: Log-probabilities of a sample are NaN or infinite; on every rank.
         """
-        self._ddp.train()
-        self._ddp.zero_grad_buffer()
+        for ddp in self._ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         # Megatron divides the loss by the number of microbatches (pipeline_parallel/schedules.py:341) and the summed
         # gradients by the data-parallel size (distributed/distributed_data_parallel.py:212). The objective has divided
         # by the size of the global minibatch already, so both are undone here.
         scale = len(plan) * parallel.data_parallel_size()
+        table = torch.zeros(len(objective.columns) + 1, len(samples), dtype=torch.float64, device=platform.device())
 
-        def loss_of(batch: PackedBatch, logprobs: TokenLogProbs) -> tuple[Tensor, Columns]:
+        def finish(batch: PackedBatch, logprobs: TokenLogProbs) -> Tensor:
             loss, columns = objective(batch, logprobs)
-            return loss * scale, columns
+            if parallel.reports_samples():
+                _fill(table, batch, [columns[name] for name in objective.columns])
+            return loss * scale
 
-        results = self._run(samples, plan, loss_of, forward_only=False)
-        return _complete_table(results, len(samples))
+        self._run(samples, plan, finish, trains=objective.trains, forward_only=False)
+        self._router_losses = take_router_losses(self.chunks[0].config, len(plan))
+        return _completed(table, objective.columns, samples)
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]]) -> list[FloatArray]:
@@ -133,88 +156,113 @@ class Policy:
             samples: All samples, the same on every rank.
             plan: This data-parallel rank's microbatches.
         """
-        self._ddp.eval()
+        for ddp in self._ddp:
+            ddp.eval()
         ends = np.cumsum([len(sample.response_ids) for sample in samples])
-        starts = ends - [len(sample.response_ids) for sample in samples]
-
-        def collect(batch: PackedBatch, logprobs: TokenLogProbs) -> tuple[Tensor, Any]:
-            return logprobs.log_pi.sum(), (batch, logprobs.log_pi)
-
+        starts = torch.from_numpy(ends - [len(sample.response_ids) for sample in samples]).to(platform.device())
         flat = torch.zeros(int(ends[-1]), dtype=torch.float32, device=platform.device())
-        for batch, log_pi in self._run(samples, plan, collect, forward_only=True):
+
+        def finish(batch: PackedBatch, logprobs: TokenLogProbs) -> Tensor:
             if parallel.reports_samples():
-                for number, index in enumerate(batch.indices.tolist()):
-                    flat[starts[index] : ends[index]] = log_pi[batch.mask & (batch.sample_index == number)]
+                first = torch.searchsorted(batch.sample_index, batch.sample_index)
+                place = torch.arange(len(first), device=first.device) - first
+                flat[starts[batch.indices[batch.sample_index]] + place] = logprobs.log_pi.float()
+            return logprobs.log_pi.sum()
+
+        self._run(samples, plan, finish, trains=lambda sample: False, forward_only=True)
         values = parallel.all_reduce_sum(flat).cpu().numpy()
-        return [values[start:end] for start, end in zip(starts, ends, strict=True)]
+        return list(np.split(values, ends[:-1]))
 
     def optim_step(self) -> StepResult:
         """Clip, step the optimizer, then the schedule.
 
         Raises:
-            UserError: The gradient is not finite.
+            UserError: The gradient is not finite; the weights are as before.
         """
         learning_rate = self._optimizer.param_groups[0]["lr"]
+        # step() computes the norm again, but by then it changes the weights, whatever the norm is.
+        self._optimizer.prepare_grads()
+        norm = float(self._optimizer.get_grad_norm())
+        if not np.isfinite(norm):
+            raise UserError(f"the gradient norm is {norm}; the weights are as before this step: lower megatron.lr")
         successful, grad_norm, _ = self._optimizer.step()
-        norm = float(grad_norm) if grad_norm is not None else 0.0
-        if not successful or not np.isfinite(norm):
-            raise UserError(
-                f"gradient norm is {norm}, and the step has spoilt the weights: go back to a checkpoint and lower"
-                " megatron.lr"
-            )
+        if not successful:
+            raise UserError("the optimizer refused the step; lower megatron.lr")
         self._scheduler.step(1)
-        return StepResult(norm, learning_rate)
+        return StepResult(float(grad_norm), learning_rate, self._router_losses)
 
     def _run(
-        self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], loss_of: Any, *, forward_only: bool
-    ) -> list[Any]:
-        """Run the microbatches through the pipeline; on the last stage, what ``loss_of`` gave besides the loss."""
-        device = platform.device()
+        self,
+        samples: Sequence[Sample],
+        plan: Sequence[Sequence[int]],
+        finish: Finish,
+        *,
+        trains: Callable[[Sample], bool],
+        forward_only: bool,
+    ) -> None:
+        """Run the microbatches through the pipeline; ``finish`` is called on its last stage."""
+        batches = [
+            pack(samples, indices, trains=trains, alignment=self._alignment, device=platform.device())
+            for indices in plan
+        ]
 
-        def batches() -> Iterator[PackedBatch]:
-            for indices in plan:
-                yield pack(samples, indices, alignment=self._alignment, device=device)
-
-        def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
+        def forward_step(iterator: Iterator[PackedBatch], ddp: Any) -> tuple[Any, Any]:
             batch = next(iterator)
-            output = model(
+            output = ddp(
                 input_ids=batch.tokens.unsqueeze(0),
                 position_ids=batch.positions.unsqueeze(0),
                 attention_mask=None,
                 packed_seq_params=batch.packed_seq_params,
+                padding_mask=self._padding_mask(batch, ddp),
+                output_processor=log_prob_head(batch, self._vocab_size, self._temperature),
             )
-            return output, partial(finish, batch)
+            return output, partial(loss_of, batch)
 
-        def finish(batch: PackedBatch, logits: Tensor) -> tuple[Tensor, Any]:
-            logprobs = token_log_probs(
-                logits.squeeze(0), batch.targets, vocab_size=self._vocab_size, temperature=self._temperature
-            )
-            loss, extra = loss_of(batch, logprobs)
-            return loss, (batch.indices, extra) if not forward_only else extra
+        def loss_of(batch: PackedBatch, logprobs: TokenLogProbs) -> tuple[Tensor, None]:
+            return finish(batch, logprobs), None
 
-        longest = max(len(indices) for indices in plan)  # variable_seq_lengths: the schedule asks, then ignores it
-        return get_forward_backward_func()(
+        get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=batches(),
-            model=[self._ddp],
+            data_iterator=_one_or_all([iter(batches) for _ in self._ddp]),
+            model=self._ddp,
             num_microbatches=len(plan),
-            seq_length=longest,
+            seq_length=1,  # variable_seq_lengths: the schedule asks, then ignores it
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
+    def _padding_mask(self, batch: PackedBatch, ddp: DistributedDataParallel) -> Tensor:
+        """Padding for the router's auxiliary losses, [1, this rank's positions where the sequence is split].
 
-def _complete_table(results: list[tuple[Tensor, Columns]], num_samples: int) -> Table:
-    """Put the microbatches' columns into one table and sum it over all ranks; each sample is filled in exactly once."""
-    names: list[str] = sorted(results[0][1]) if results else []
-    names = max(parallel.gather_objects(names), key=len)
-    table = torch.zeros(len(names) + 1, num_samples, dtype=torch.float64, device=platform.device())
-    if parallel.reports_samples():
-        for indices, columns in results:
-            for row, name in enumerate(names):
-                table[row, indices] = columns[name].double()
-            table[-1, indices] += 1
-    table = parallel.all_reduce_sum(table).cpu()
-    if not bool((table[-1] == 1).all()):
-        raise RuntimeError(f"samples reported by other than one rank: counts {table[-1].tolist()}")
-    return {name: table[row].numpy() for row, name in enumerate(names)}
+        Megatron splits it itself, but on the first stage alone (models/gpt/gpt_model.py:352).
+        """
+        mask = batch.padding.unsqueeze(0)
+        if not self.chunks[0].config.sequence_parallel or self.chunks[self._ddp.index(ddp)].pre_process:
+            return mask
+        return mask.chunk(parallel.tensor_parallel_size(), dim=1)[parallel.tensor_parallel_rank()]
+
+
+def _one_or_all[T](values: list[T]) -> T | list[T]:
+    return values[0] if len(values) == 1 else values
+
+
+def _fill(table: Tensor, batch: PackedBatch, columns: Sequence[Tensor]) -> None:
+    """Put a microbatch's figures in their samples' places; the last row counts how often a sample was reported."""
+    for row, values in zip(table, (*columns, torch.ones_like(batch.advantages)), strict=True):
+        row[batch.indices] += values.double()
+
+
+def _completed(table: Tensor, columns: Sequence[str], samples: Sequence[Sample]) -> Table:
+    """The table of all ranks, on the host: the one time that the host waits for the device."""
+    *rows, reported = parallel.all_reduce_sum(table).cpu().numpy()
+    if not (reported == 1).all():
+        raise RuntimeError(f"samples reported by other than one rank: counts {reported.tolist()}")
+    figures = dict(zip(columns, rows, strict=True))
+    bad = figures.pop(NONFINITE) > 0
+    if bad.any():
+        names = ", ".join(sample.name for sample, spoilt in zip(samples, bad, strict=True) if spoilt)
+        raise UserError(
+            f"log-probabilities of response tokens are NaN or infinite in samples {names} (prompt/response); the"
+            " weights have probably diverged: lower megatron.lr or go back to an earlier checkpoint"
+        )
+    return figures

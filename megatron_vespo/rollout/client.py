@@ -39,6 +39,8 @@ class SGLangClient:
         vocab_size: Ids below this one are valid; checked before sending, since the server dies of bad ids.
         max_concurrent: Requests in flight at once; more wait here.
         timeout: Seconds that one generation may take.
+        unpushed_version: What the weights that the server started with count as; None: generating before a push is an
+            error.
 
     All methods raise :class:`ServerError` naming the address, the route and what the server said, and
     :class:`ServerGoneError` if the connection fails.
@@ -51,9 +53,11 @@ class SGLangClient:
         vocab_size: int,
         max_concurrent: int = 256,
         timeout: float = 3600.0,
+        unpushed_version: int | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.vocab_size = vocab_size
+        self._unpushed_version = unpushed_version
         self._slots = asyncio.Semaphore(max_concurrent)
         self._info: ServerInfo | None = None
         self._asking = asyncio.Lock()
@@ -78,7 +82,7 @@ class SGLangClient:
         protocol.check_ids(ids, self.vocab_size, self.base_url)
         protocol.check_length(len(ids), limit, await self.limits(), self.base_url)
         answer = await self._send(protocol.generate_request(ids, sampling, limit))
-        return protocol.parse_generation(self.base_url, answer)
+        return protocol.parse_generation(self.base_url, answer, self._unpushed_version)
 
     async def score(self, input_ids: TokenIds, start: int) -> FloatArray:
         """Log-probs (nats, temperature 1) of ``input_ids[start:]``, shape [len(input_ids) - start]; ``start`` >= 1."""

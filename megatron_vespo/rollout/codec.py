@@ -1,7 +1,8 @@
-"""Sample groups and failures as bytes (MessagePack), for the broadcast from rank 0. Exact round trip, no pickle."""
+"""Sample groups and failures as bytes (MessagePack), for other ranks and for files. Exact round trip, no pickle."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -30,11 +31,7 @@ def encode_groups(groups: list[SampleGroup]) -> bytes:
     Raises:
         UserError: a prompt's metadata holds something that is not JSON-like.
     """
-    rows = [
-        [_row(group.prompt, _PROMPT_FIELDS), [_row(sample, _SAMPLE_FIELDS) for sample in group.samples]]
-        for group in groups
-    ]
-    return msgspec.msgpack.encode({"groups": rows}, enc_hook=_encode_array)
+    return pack({"groups": to_rows(groups)})
 
 
 def encode_failure(error: Exception) -> bytes:
@@ -49,10 +46,41 @@ def decode_groups(payload: bytes) -> list[SampleGroup]:
     Raises:
         UserError: a failure was encoded; the same message.
     """
-    content = msgspec.msgpack.decode(payload, ext_hook=_decode_array)
+    content = unpack(payload, dict[str, Any])
     if "failure" in content:
         raise UserError(content["failure"])
-    return [_group(*row) for row in content["groups"]]
+    return from_rows(content["groups"])
+
+
+def to_rows(groups: Sequence[SampleGroup]) -> list[Any]:
+    """The groups as lists that :func:`pack` takes. Files hold them: a change raises ``batches.VERSION``."""
+    return [
+        [_row(group.prompt, _PROMPT_FIELDS), [_row(sample, _SAMPLE_FIELDS) for sample in group.samples]]
+        for group in groups
+    ]
+
+
+def from_rows(rows: Sequence[Any]) -> list[SampleGroup]:
+    """The groups that :func:`to_rows` was given.
+
+    Raises:
+        ValueError, TypeError: these are no such rows.
+    """
+    return [_group(*row) for row in rows]
+
+
+def pack(content: Any) -> bytes:
+    """JSON-like content with numpy arrays in it, as MessagePack."""
+    return msgspec.msgpack.encode(content, enc_hook=_encode_array)
+
+
+def unpack[T](data: bytes, kind: type[T]) -> T:
+    """What :func:`pack` was given, checked to be a ``kind``.
+
+    Raises:
+        msgspec.DecodeError: it is not, or the data is damaged.
+    """
+    return msgspec.msgpack.decode(data, type=kind, ext_hook=_decode_array)
 
 
 def _group(prompt_row: list[Any], sample_rows: list[list[Any]]) -> SampleGroup:
@@ -71,7 +99,7 @@ def _encode_array(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise UserError(
-        f"a prompt's metadata holds {value!r} of type {type(value).__name__}, which cannot be sent to other ranks: "
+        f"a prompt's metadata holds {value!r} of type {type(value).__name__}, which cannot be sent or saved: "
         "use text, numbers, lists and dicts"
     )
 

@@ -19,6 +19,8 @@ from megatron_vespo.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Float
 
 # SGLang keeps two tokens of the context for itself and silently generates fewer tokens rather than refuse.
 RESERVED_CONTEXT_TOKENS = 2
+# SGLang's own word for the weights it started with, until a push names others.
+UNPUSHED = "default"
 CONNECT_TIMEOUT_SECONDS = 60.0  # a loaded machine accepts late; where nothing listens, the refusal comes at once
 # uvicorn drops idle connections after 5 s unless told otherwise (our own servers are); ours must be given up before, or
 # a request may race with that.
@@ -70,7 +72,7 @@ class ServerInfo:
         context_length: Tokens of prompt and response together that the model was set up for.
         max_prompt_tokens: Longest prompt it takes.
         max_total_tokens: Longest prompt and response together it really generates.
-        weight_version: Of its weights now; SGLang's own word ``default`` before the first push.
+        weight_version: Of its weights now; :data:`UNPUSHED` before the first push.
         model_path: Where its weights came from.
         sglang_version: Version of SGLang.
         tensor_parallel_size: Processes that hold its weights.
@@ -177,8 +179,13 @@ def parse_info(answers: Sequence[Any]) -> ServerInfo:
     )
 
 
-def parse_generation(url: str, answer: dict[str, Any]) -> Generation:
+def parse_generation(url: str, answer: dict[str, Any], unpushed_version: int | None = None) -> Generation:
     """Check and convert the answer to a ``/generate``.
+
+    Args:
+        url: Address of the server.
+        answer: What it said.
+        unpushed_version: As of :func:`parse_version`.
 
     Raises:
         ServerError: not one finite log-prob a token, weight versions that do not cover all tokens or are no integers.
@@ -197,7 +204,7 @@ def parse_generation(url: str, answer: dict[str, Any]) -> Generation:
     return Generation(
         np.asarray(ids, np.int32),
         np.asarray(log_mu, np.float32),
-        _token_versions(where, meta.get("weight_versions"), len(ids)),
+        _token_versions(where, meta.get("weight_versions"), len(ids), unpushed_version),
         reason,
     )
 
@@ -211,9 +218,17 @@ def parse_scores(url: str, answer: dict[str, Any], count: int) -> FloatArray:
     return np.asarray([pair[0] for pair in pairs], np.float32)
 
 
-def parse_version(where: str, version: Any) -> int:
-    """The policy version. We push ``str(int)``; anything else was never pushed by us."""
+def parse_version(where: str, version: Any, unpushed_version: int | None = None) -> int:
+    """The policy version. We push ``str(int)``; anything else was never pushed by us.
+
+    Args:
+        where: For the error message.
+        version: What the server says.
+        unpushed_version: What weights that nobody pushed count as, where none are meant to be; None: an error.
+    """
     text = str(version)
+    if text == UNPUSHED and unpushed_version is not None:
+        return unpushed_version
     if text.isascii() and text.isdigit():
         return int(text)
     raise ServerError(
@@ -221,14 +236,16 @@ def parse_version(where: str, version: Any) -> int:
     )
 
 
-def _token_versions(where: str, spans: list[dict[str, Any]] | None, count: int) -> IntArray:
+def _token_versions(
+    where: str, spans: list[dict[str, Any]] | None, count: int, unpushed_version: int | None
+) -> IntArray:
     """[count] versions from ``{version, start, end}`` spans, which must follow each other from 0 to ``count``."""
     versions = np.empty(count, np.int32)
     end = 0
     for span in spans or [] if count else []:
         if span["start"] != end or span["end"] < end:
             break
-        versions[end : span["end"]] = parse_version(where, span["version"])
+        versions[end : span["end"]] = parse_version(where, span["version"], unpushed_version)
         end = span["end"]
     if end != count:
         raise ServerError(f"{where}: weight version spans {spans} do not cover the {count} tokens")

@@ -77,13 +77,27 @@ class RolloutService:
             self._engine.close()
 
     def _share(self, produce: Callable[[RolloutEngine], list[SampleGroup]]) -> list[SampleGroup]:
-        if self._engine is None:
-            return codec.decode_groups(self._broadcast(None))
-        try:
-            groups = produce(self._engine)
-            payload = codec.encode_groups(groups)
-        except Exception as error:  # whatever it is, the other ranks wait for a word; raised again below
-            self._broadcast(codec.encode_failure(error))
-            raise
-        self._broadcast(payload)
-        return groups
+        engine = self._engine
+        return share_groups(self._broadcast, None if engine is None else lambda: produce(engine))
+
+
+def share_groups(broadcast: Broadcast, produce: Callable[[], list[SampleGroup]] | None) -> list[SampleGroup]:
+    """Groups that rank 0 produces, on every rank. A collective.
+
+    Args:
+        broadcast: As of :class:`RolloutService`.
+        produce: Where the groups come from, on rank 0; None on all others.
+
+    Raises:
+        UserError: on every rank, if producing them failed.
+    """
+    if produce is None:
+        return codec.decode_groups(broadcast(None))
+    try:
+        groups = produce()
+        payload = codec.encode_groups(groups)
+    except Exception as error:  # whatever it is, the other ranks wait for a word; raised again below
+        broadcast(codec.encode_failure(error))
+        raise
+    broadcast(payload)
+    return groups

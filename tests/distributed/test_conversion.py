@@ -33,9 +33,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
     ),
     "PP2 EP2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "PP2 VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "ETP2": (2, {"expert_tensor_parallel_size": 2}),
+    "EP2 ETP2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
 }
 BUCKETS = (1, 10_000, 2**30)
-SMALL = {"vocab_size": 50}  # padded to 64
+SMALL = {"vocab_size": 50, "num_layers": 4}  # vocabulary padded to 64
 
 Tensors = dict[str, Tensor]
 
@@ -53,15 +56,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, megatron: dict[str, Any], reader: HfReader | None = None) -> Any:
-    """This rank's part of the model, its weights scrambled first so that only loading can put them right."""
+    """This rank's chunks of the model, their weights scrambled first so that only loading can put them right."""
     architecture = load_architecture(folder)
     config = transformer_config(architecture, megatron, "local")
-    model = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=16)
+    chunks = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=16)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(7.0)
-    load_hf_weights(model, architecture, reader or HfReader(folder))
-    return model
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(7.0)
+    load_hf_weights(chunks, architecture, reader or HfReader(folder))
+    return chunks
 
 
 def exporter(folder: Path, megatron: dict[str, Any], bucket_bytes: int = 10_000) -> HfExporter:
@@ -97,10 +101,10 @@ def round_trips(folders: Iterable[Path], megatron: dict[str, Any]) -> list[tuple
     """For each folder: tensors and buckets at the smallest bucket size, and the tensors again; every size agrees."""
     results = []
     for folder in folders:
-        model, architecture = load(folder, megatron), load_architecture(folder)
-        first, buckets = stream_all(HfExporter(model, architecture, BUCKETS[0]))
+        chunks, architecture = load(folder, megatron), load_architecture(folder)
+        first, buckets = stream_all(HfExporter(chunks, architecture, BUCKETS[0]))
         for size in BUCKETS[1:]:
-            stream = HfExporter(model, architecture, size)
+            stream = HfExporter(chunks, architecture, size)
             again, fewer = stream_all(stream)
             assert fewer <= buckets
             assert_bits_equal(again, first)
@@ -127,7 +131,7 @@ def test_there_and_back_is_exact(folders: dict[str, Path], layout: str, bf16: bo
 
 
 def vocabulary_padding(folder: Path) -> Tensor:
-    return load(folder, {}).embedding.word_embeddings.weight.detach().clone()
+    return load(folder, {})[0].embedding.word_embeddings.weight.detach().clone()
 
 
 def test_padding_of_the_vocabulary_is_zero(folders: dict[str, Path]) -> None:
@@ -139,11 +143,11 @@ def test_padding_of_the_vocabulary_is_zero(folders: dict[str, Path]) -> None:
 
 def export_with_spoiled_copy(folder: Path, megatron: dict[str, Any]) -> Tensors:
     """Of tied embeddings the first stage's weight is the one that counts."""
-    model, architecture = load(folder, megatron), load_architecture(folder)
+    chunks, architecture = load(folder, megatron), load_architecture(folder)
     if parallel.is_last_stage():
         with torch.no_grad():
-            model.output_layer.weight.fill_(9.0)
-    return stream_all(HfExporter(model, architecture))[0]
+            chunks[-1].output_layer.weight.fill_(9.0)
+    return stream_all(HfExporter(chunks, architecture))[0]
 
 
 def test_the_last_stages_copy_of_tied_embeddings_is_not_exported(folders: dict[str, Path]) -> None:

@@ -78,7 +78,13 @@ def megatron_logits(
         )
         for number, sequence in enumerate(sequences)
     ]
-    batch = pack(samples, range(len(samples)), alignment=parallel.tensor_parallel_size(), device=torch.device("cpu"))
+    batch = pack(
+        samples,
+        range(len(samples)),
+        trains=lambda sample: True,
+        alignment=parallel.tensor_parallel_size(),
+        device=torch.device("cpu"),
+    )
 
     def forward_step(_: Any, model: Any) -> Any:
         output = model(
@@ -93,12 +99,12 @@ def megatron_logits(
     for folder in folders:
         architecture = load_architecture(folder)
         config = transformer_config(architecture, megatron, "local")
-        model = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=16)
-        load_hf_weights(model, architecture, HfReader(folder))
+        chunks = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=16)
+        load_hf_weights(chunks, architecture, HfReader(folder))
         logits = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=None,
-            model=[model.eval()],
+            data_iterator=[None] * len(chunks),
+            model=[chunk.eval() for chunk in chunks],
             num_microbatches=1,
             seq_length=len(batch.tokens),
             micro_batch_size=1,

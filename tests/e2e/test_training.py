@@ -61,7 +61,7 @@ def push_generate_compare(tree: dict[str, Any]) -> list[float]:
         tokenizer = load_tokenizer(config.model.hf_path)
         trainer = assemble.make_trainer(config, architecture)
         rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, None, stack)
-        algorithm, schedule = assemble.make_algorithm(config), assemble.make_schedule(config)
+        algorithm, schedule = assemble.make_algorithm(config), assemble.make_schedule(config, architecture)
         differences = []
         for version in range(3):
             rollouts.weight_sync.push(version)
@@ -140,6 +140,7 @@ BAD_INPUTS = {
     "reward function that is missing": ([f"reward.function={__file__}:no_such"], "no_such"),
     "prompt longer than the context": (["rollout.max_new_tokens=511"], "the limit is 1"),
     "no room for a prompt": (["rollout.max_new_tokens=600"], "leaves no room for a prompt"),
+    "a sample longer than a microbatch": (["training.max_tokens_per_microbatch=20"], "cannot hold the longest sample"),
     "unknown kernel parameter": (["algorithm.kernel_params={c9: 1}"], "algorithm.kernel_params"),
     "server that is not there": (["rollout.server.url='http://127.0.0.1:9'"], "127.0.0.1:9"),
 }

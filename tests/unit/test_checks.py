@@ -82,6 +82,48 @@ def test_an_unknown_server_argument_is_found_early(tree: dict[str, Any]) -> None
     assert "max_total_tokens" in refusal(parse_config(tree))
 
 
+def test_rollouts_alone_run_on_one_rank_whatever_the_trainers_layout(tree: dict[str, Any]) -> None:
+    tree |= {"objective": "rollout", "megatron": {"expert_model_parallel_size": 2}}
+    check_config(parse_config(tree), 1)
+    assert "runs on one rank, not on 2" in refusal(parse_config(tree), 2)
+    assert describe_layout(parse_config(tree), 1) == "1 rank, no trainer"
+    tree["sglang"] = {"max_total_tokenz": 1}
+    assert "max_total_tokens" in refusal(parse_config(tree))
+
+
+def test_a_replay_needs_a_batch_for_every_step(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    tree["rollout"]["replay"] = str(folder)
+    tree["training"]["steps"] = 3
+    assert f"rollout.replay: {folder} holds 0 saved rollout batches" in refusal(parse_config(tree))
+    folder.mkdir()
+    for name in ("batch_000001.msgpack", "batch_000007.msgpack", "step_000001.jsonl"):
+        (folder / name).touch()
+    message = refusal(parse_config(tree))
+    assert "holds 2 saved rollout batches" in message and "training.steps=3" in message
+    tree["training"]["steps"] = 2
+    check_config(parse_config(tree), 1)
+
+
+def test_a_replay_needs_neither_data_nor_server(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "batch_000001.msgpack").touch()
+    tree["rollout"]["replay"] = str(tmp_path)
+    tree |= {"data": {"evaluation": {"held": "/no/such/file"}}, "sglang": {"no_such_argument": 1}}
+    check_config(parse_config(tree), 1)
+
+
+def test_a_run_does_not_replay_what_it_is_about_to_delete(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "r" / "rollouts"
+    folder.mkdir(parents=True)
+    (folder / "batch_000001.msgpack").touch()
+    tree["run"]["overwrite"] = True
+    (tmp_path / "link").symlink_to(folder)
+    tree["rollout"]["replay"] = str(tmp_path / "link")
+    assert "lies in this run's own folder" in refusal(parse_config(tree))
+    tree["run"]["name"] = "r2"
+    check_config(parse_config(tree), 1)
+
+
 def test_an_existing_run_is_kept_unless_told(tree: dict[str, Any]) -> None:
     config = parse_config(tree)
     prepare_run_folder(config, dump_config(config))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from megatron_vespo.config import Config, data_parallel_size
+from megatron_vespo.config import Config
 from megatron_vespo.config_file import describe_config, dump_config, load_config, parse_config
 from megatron_vespo.errors import UserError
 
@@ -155,13 +155,34 @@ def test_bad_files_are_user_errors(tmp_path: Path) -> None:
             load_config(tmp_path / "bad.yaml")
 
 
+@pytest.mark.parametrize("objective", ["sft", "rollout"])
+def test_only_reinforcement_learning_replays(objective: str) -> None:
+    replay = {"rollout": {"replay": "runs/r/rollouts"}}
+    assert f"rollout.replay: batches are trained on, which objective {objective}" in refusal(
+        replay | {"objective": objective}
+    )
+    config = parse_config(MINIMAL | replay | {"data": {}})
+    assert not config.samples_from_server
+
+
+@pytest.mark.parametrize("objective, samples", [("rl", True), ("sft", False), ("rollout", True)])
+def test_what_samples_from_a_server(objective: str, samples: bool) -> None:
+    assert parse_config(MINIMAL | {"objective": objective}).samples_from_server is samples
+    assert "data.train: missing" in refusal({"objective": objective, "data": {}})
+
+
+def test_an_objective_that_is_none_of_ours_is_named() -> None:
+    assert "config: objective: " in refusal({"objective": "rollouts"})
+
+
 def test_minibatches_must_divide_the_samples_of_a_step() -> None:
     rollout = {"prompts_per_step": 3, "samples_per_prompt": 4}
     message = refusal({"rollout": rollout, "training": {"steps": 1, "minibatches_per_step": 5}})
     assert "training.minibatches_per_step=5 does not divide the 12 samples" in message
     parse_config(MINIMAL | {"rollout": rollout, "training": {"steps": 1, "minibatches_per_step": 6}})
-    sft = {"objective": "sft", "rollout": rollout, "training": {"steps": 1, "minibatches_per_step": 5}}
-    parse_config(MINIMAL | sft)
+    for objective in ("sft", "rollout"):
+        other = {"objective": objective, "rollout": rollout, "training": {"steps": 1, "minibatches_per_step": 5}}
+        parse_config(MINIMAL | other)
 
 
 def test_dumping_and_loading_gives_the_same_config(tmp_path: Path) -> None:
@@ -209,32 +230,3 @@ def test_the_config_is_read_without_torch() -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_example_is_a_valid_config(path: Path) -> None:
     assert load_config(path).training.steps > 0
-
-
-@pytest.mark.parametrize(
-    "megatron, world, replicas",
-    [
-        ({}, 3, 3),
-        ({"tensor_model_parallel_size": 2}, 4, 2),
-        ({"expert_model_parallel_size": 4}, 4, 4),
-        ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, 4, 2),
-        ({"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, 4, 2),
-    ],
-)
-def test_replicas_of_a_layout(megatron: dict[str, Any], world: int, replicas: int) -> None:
-    assert data_parallel_size(megatron, world) == replicas
-
-
-@pytest.mark.parametrize(
-    "megatron, words",
-    [
-        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size x pipeline_model_parallel_size = 2"),
-        ({"expert_model_parallel_size": 2}, "expert_model_parallel_size x expert_tensor_parallel_size"),
-        ({"context_parallel_size": 3}, "megatron.context_parallel_size"),
-        ({"virtual_pipeline_model_parallel_size": 2}, "megatron.virtual_pipeline_model_parallel_size"),
-    ],
-)
-def test_a_layout_that_does_not_fit_is_named(megatron: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        data_parallel_size(megatron, 3)
-    assert words in str(caught.value)

@@ -5,25 +5,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vespo.algorithms import importance
 from megatron_vespo.algorithms.importance import (
     StalenessSummary,
     WeightSummary,
     effective_sample_size,
-    segment_max,
+    is_nonfinite,
     segment_sum,
     sequence_log_ratio,
     summarize_staleness,
     summarize_weights,
+    token_chunks,
     token_log_ratio,
 )
 
-INF = math.inf
+INF, NAN = math.inf, math.nan
 
 
-def test_segment_sum_and_max_with_interleaved_and_empty_samples() -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 8192])
+def test_segment_sum_with_interleaved_and_empty_samples(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(importance, "TOKENS_PER_CHUNK", chunk)
     values, index = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([2, 0, 2, 0])
     assert segment_sum(values, index, 4).tolist() == [10.0, 0.0, 5.0, 0.0]
-    assert segment_max(values, index, 4).tolist() == [8.0, 0.0, 4.0, 0.0]
     assert segment_sum(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 2).tolist() == [0.0, 0.0]
 
 
@@ -34,13 +37,33 @@ def test_segment_sum_keeps_digits_of_long_float32_sums() -> None:
     assert total.item() == pytest.approx(math.fsum(values.tolist()), rel=2e-7, abs=1e-7)
 
 
+def test_chunks_cover_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "TOKENS_PER_CHUNK", 4)
+    assert list(token_chunks(0)) == []
+    assert list(token_chunks(4)) == [slice(0, 4)]
+    assert list(token_chunks(9)) == [slice(0, 4), slice(4, 8), slice(8, 9)]
+
+
 def test_log_ratios_with_zero_probabilities() -> None:
     log_pi = torch.tensor([-1.0, -INF, -1.0, -INF])
     log_mu = torch.tensor([-2.0, -1.0, -INF, -INF])
     assert token_log_ratio(log_pi, log_mu).tolist() == [1.0, -INF, INF, -INF]
-    index = torch.tensor([0, 1, 1, 2])
-    log_ratio = torch.tensor([0.5, INF, -INF, INF])
-    assert sequence_log_ratio(log_ratio, index, 4).tolist() == [0.5, -INF, INF, 0.0]
+    assert is_nonfinite(log_pi, log_mu).tolist() == [False] * 4
+
+
+def test_nan_and_plus_infinity_are_no_log_probabilities() -> None:
+    values = torch.tensor([NAN, INF, -INF, -1.0])
+    for other in (-1.0, -INF):
+        assert is_nonfinite(values, torch.full((4,), other)).tolist() == [True, True, False, False]
+        assert is_nonfinite(torch.full((4,), other), values).tolist() == [True, True, False, False]
+
+
+def test_log_w_is_nan_where_a_token_is_nonfinite_and_minus_infinity_where_infinities_cancel() -> None:
+    total = torch.tensor([0.5, NAN, INF, -INF, 0.0, NAN, INF, -INF])
+    n_nonfinite = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 1.0])
+    log_w = sequence_log_ratio(total, n_nonfinite)
+    assert log_w[:5].tolist() == [0.5, -INF, INF, -INF, 0.0]
+    assert log_w[5:].isnan().all()
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(-1000, 1000))

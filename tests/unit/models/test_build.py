@@ -22,7 +22,9 @@ REFUSED = {
     "megatron.variable_seq_lengths: fixed by the model": {"variable_seq_lengths": False},
     "megatron.tensor_model_parallel_size: ": {"tensor_model_parallel_size": "two"},
     "megatron.recompute_granularity: ": {"recompute_granularity": 3},
-    "megatron.layernorm_zero_centered_gamma: ": {"layernorm_zero_centered_gamma": "x"},
+    "megatron.layernorm_zero_centered_gamma: fixed by the model": {"layernorm_zero_centered_gamma": True},
+    "megatron.moe_router_score_function: fixed by the model": {"moe_router_score_function": "sigmoid"},
+    "megatron.moe_grouped_gemm: ": {"moe_grouped_gemm": "x"},
     "megatron.bf16 and megatron.fp16 exclude each other": {"bf16": True, "fp16": True},
     "megatron: TransformerConfig refuses these options: ": {"sequence_parallel": True},
 }
@@ -50,14 +52,14 @@ def build_everything(folder: Path, dense: Path) -> dict[str, Any]:
         )
     )
     config = transformer_config(architecture, {"bf16": True, "moe_router_dtype": "fp32"}, "local")
-    model = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=48)
+    (model,) = build_model(architecture, config, layer_spec="local", make_vocab_size_divisible_by=48)
     results["bf16"] = {parameter.dtype for parameter in model.parameters()}
     results["embedding"] = tuple(model.embedding.word_embeddings.weight.shape)
     results["defaults"] = (config.moe_token_dispatcher_type, config.moe_aux_loss_coeff, config.variable_seq_lengths)
     results["overridden"] = transformer_config(architecture, {"moe_aux_loss_coeff": 0.5}, "local").moe_aux_loss_coeff
     results["padded"] = [padded_vocab_size(architecture, n) for n in (1, 16, 60, 128)]
     plain = load_architecture(dense)
-    model = build_model(
+    (model,) = build_model(
         plain, transformer_config(plain, {}, "local"), layer_spec="local", make_vocab_size_divisible_by=1
     )
     results["dense"] = sorted({type(layer.mlp).__name__ for layer in model.decoder.layers})
@@ -102,7 +104,7 @@ def test_optimizer_and_gradient_buffers_take_their_fields() -> None:
     optimizer, ddp = optimizer_config(section), ddp_config(section)
     assert (optimizer.lr, optimizer.clip_grad, optimizer.params_dtype) == (1e-3, 2.0, torch.bfloat16)
     assert optimizer.use_distributed_optimizer and ddp.use_distributed_optimizer
-    assert ddp.grad_reduce_in_fp32 and ddp.check_for_nan_in_grad
+    assert ddp.grad_reduce_in_fp32
     assert not ddp_config({"grad_reduce_in_fp32": False}).grad_reduce_in_fp32
 
 

@@ -33,7 +33,7 @@ def stub(names: list[str], layers: list[int], experts: int | None = None) -> Any
     ],
 )
 def test_every_spec_gets_one_name(name: str, pattern: str, expert: int | None) -> None:
-    (weight,) = named_weights(stub([f"decoder.layers.1.{name}"], layers=[5, 6]))
+    (weight,) = named_weights([stub([f"decoder.layers.1.{name}"], layers=[5, 6])])
     assert weight.pattern == f"decoder.layers.{{layer}}.{pattern}"
     assert weight.layer == 5, "numbered globally, from 0"
     assert weight.expert == (None if expert is None else expert)
@@ -41,7 +41,7 @@ def test_every_spec_gets_one_name(name: str, pattern: str, expert: int | None) -
 
 
 def test_weights_outside_the_layers_keep_their_name() -> None:
-    weights = named_weights(stub(["embedding.word_embeddings.weight", "output_layer.weight"], layers=[]))
+    weights = named_weights([stub(["embedding.word_embeddings.weight", "output_layer.weight"], layers=[])])
     assert [(w.pattern, w.layer, w.expert) for w in weights] == [
         ("embedding.word_embeddings.weight", None, None),
         ("output_layer.weight", None, None),
@@ -51,6 +51,12 @@ def test_weights_outside_the_layers_keep_their_name() -> None:
 def test_experts_are_numbered_globally(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "expert_parallel_size", lambda: 4)
     monkeypatch.setattr(parallel, "expert_parallel_rank", lambda: 3)
-    (weight,) = named_weights(stub(["decoder.layers.0.mlp.experts.linear_fc1.weight1"], layers=[1], experts=8))
+    (weight,) = named_weights([stub(["decoder.layers.0.mlp.experts.linear_fc1.weight1"], layers=[1], experts=8)])
     assert weight.expert == 7
     assert weight.fill("model.layers.{layer}.mlp.experts.{expert}.x") == "model.layers.0.mlp.experts.7.x"
+
+
+def test_every_chunk_of_an_interleaved_pipeline_numbers_its_own_layers() -> None:
+    name = "decoder.layers.0.mlp.router.weight"
+    weights = named_weights([stub([name], layers=[2]), stub([name], layers=[6])])
+    assert [weight.layer for weight in weights] == [1, 5]

@@ -33,6 +33,18 @@ def test_ids_log_probs_and_versions_come_back() -> None:
     assert response.finish_reason == "length"
 
 
+def test_weights_that_nobody_pushed_have_the_version_they_are_said_to_have() -> None:
+    def versions(*names: str) -> list[int]:
+        spans = [{"version": name, "start": i, "end": i + 1} for i, name in enumerate(names)]
+        result = answer([5] * len(names), spans=spans)
+        generate = with_client(lambda body: result, lambda client: client.generate([1], SAMPLING), unpushed_version=0)
+        return generate.weight_versions.tolist()
+
+    assert versions("default", "2", "default") == [0, 2, 0]
+    with pytest.raises(ServerError, match="version 'defaults', not a policy version"):
+        versions("defaults")
+
+
 def test_every_sampling_parameter_is_said() -> None:
     requests: Requests = []
     sampling = SamplingParams(5, temperature=0.5, stop_token_ids=(9,), ignore_eos=True)

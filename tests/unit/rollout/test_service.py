@@ -1,4 +1,3 @@
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scripted import Answer, Break, answer, serve
+from two_ranks import on_two_ranks
 
 from megatron_vespo.data.prompts import PromptDataset, PromptRecord, PromptStream
 from megatron_vespo.errors import UserError
@@ -14,24 +14,8 @@ from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.engine import RolloutEngine
 from megatron_vespo.rollout.sampling import SamplingParams
-from megatron_vespo.rollout.service import RolloutService
+from megatron_vespo.rollout.service import Broadcast, RolloutService
 from megatron_vespo.types import Sample
-
-
-class FakeBroadcast:
-    """Two ranks in two threads."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(2, timeout=20)
-        self._payload = b""
-
-    def __call__(self, payload: bytes | None) -> bytes:
-        if payload is not None:
-            self._payload = payload
-        self._barrier.wait()
-        result = self._payload
-        self._barrier.wait()
-        return result
 
 
 @contextmanager
@@ -60,25 +44,15 @@ def run_ranks(generate: Answer, work: Callable[[RolloutService], Any], **more: A
 
 
 def run_both(engine: RolloutEngine, work: Callable[[RolloutService], Any]) -> tuple[Any, Any]:
-    broadcast = FakeBroadcast()
-    results: list[Any] = [None, None]
-
-    def rank(number: int) -> None:
-        service = RolloutService(engine if number == 0 else None, broadcast, groups_per_batch=2)
+    def rank(main: bool, broadcast: Broadcast) -> Any:
+        service = RolloutService(engine if main else None, broadcast, groups_per_batch=2)
         service.start()
         try:
-            results[number] = work(service)
-        except UserError as error:
-            results[number] = error
+            return work(service)
         finally:
             service.close()
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results[0], results[1]
+    return on_two_ranks(rank)
 
 
 def test_all_ranks_get_the_same_groups_in_order() -> None:

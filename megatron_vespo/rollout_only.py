@@ -1,0 +1,88 @@
+"""Objective ``rollout``: generate, score and evaluate with the weights the server loaded. One rank, no Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from megatron_vespo import connect
+from megatron_vespo.checks import describe_layout
+from megatron_vespo.config import Config
+from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.errors import UserError
+from megatron_vespo.evaluation import Evaluator
+from megatron_vespo.metrics.measure import rollout_metrics
+from megatron_vespo.metrics.registry import StepMetrics
+from megatron_vespo.models.registry import load_architecture
+from megatron_vespo.record import Recorder
+from megatron_vespo.rollout.protocol import UNPUSHED
+from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.rollout.service import RolloutService
+from megatron_vespo.types import SampleGroup
+
+# The version of the weights that model.hf_path holds and that training starts from.
+STARTING_VERSION = 0
+
+
+def generate(config: Config, server: SGLangServer | None, stack: ExitStack) -> None:
+    """Run from assembly to summary.
+
+    Args:
+        config: Configuration.
+        server: The SGLang server of this run; None where ``rollout.server.url`` names one.
+        stack: Takes what must be closed at the end.
+
+    Raises:
+        UserError: Data, reward or server are not as they should be, or a trainer pushed weights to this server.
+    """
+    architecture = load_architecture(config.model.hf_path)
+    tokenizer = load_tokenizer(config.model.hf_path)
+    facts = {"objective": config.objective, "model": config.model.hf_path, "layout": describe_layout(config, 1)}
+    recorder = connect.make_recorder(config, architecture, tokenizer, facts)
+    stack.callback(recorder.finish)
+    with recorder.phase("connecting to SGLang"):
+        connection = connect.connect(config, architecture, tokenizer, server, unpushed_version=STARTING_VERSION)
+        stack.callback(connection.control.close)
+    info, url = connection.info, connection.control.base_url
+    if info.weight_version not in (UNPUSHED, str(STARTING_VERSION)):
+        raise UserError(
+            f"{url} serves weight version {info.weight_version}, which a trainer pushed; objective rollout needs the"
+            " weights that the server loaded: restart it"
+        )
+    recorder.message(f"no trainer: sampling from {info.model_path} as {url} loaded it")
+    service = RolloutService(connection.engine, _one_rank, config.rollout.prompts_per_step)
+    stack.callback(service.close)
+    run_rollouts(
+        service,
+        connect.make_evaluator(config, service, connection),
+        connect.make_advantages(config),
+        config.training.steps,
+        recorder,
+    )
+
+
+def run_rollouts(
+    rollouts: RolloutService,
+    evaluator: Evaluator,
+    assign_advantages: Callable[[Sequence[SampleGroup]], None],
+    steps: int,
+    recorder: Recorder,
+) -> None:
+    """Evaluate once, since the weights never change, and generate ``steps`` batches."""
+    rollouts.start()
+    recorder.record_start(evaluator.run())
+    for step in range(1, steps + 1):
+        metrics = StepMetrics()
+        with recorder.timed("generate"):
+            groups = rollouts.next_batch()
+        rollouts.release(len(groups))  # nobody trains on them: the next may begin
+        assign_advantages(groups)
+        recorder.record_batch(step, groups, STARTING_VERSION)
+        metrics.update(rollout_metrics(groups))
+        recorder.record_step(step, metrics, groups)
+
+
+def _one_rank(payload: bytes | None) -> bytes:
+    """The broadcast among one rank."""
+    assert payload is not None
+    return payload

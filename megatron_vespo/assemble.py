@@ -22,8 +22,9 @@ from megatron_vespo.evaluation import NoEvaluation
 from megatron_vespo.loop import Algorithm, Evaluation, RolloutSource, Schedule, WeightPush
 from megatron_vespo.megatron_options import microbatch_multiple
 from megatron_vespo.models.build import build_model, ddp_config, optimizer_config, transformer_config
-from megatron_vespo.models.conversion import HfExporter, load_hf_weights
+from megatron_vespo.models.conversion import load_hf_weights
 from megatron_vespo.models.cost import sample_cost
+from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader
 from megatron_vespo.policy.checkpoint import save_hf
@@ -33,10 +34,14 @@ from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.replay import BatchReader, ReplayService
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
+from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.types import Prompt, Sample
 from megatron_vespo.weight_sync.broadcast import BroadcastTransport
+from megatron_vespo.weight_sync.delta import DeltaTransport
 from megatron_vespo.weight_sync.disk import DiskTransport
-from megatron_vespo.weight_sync.sync import Transport, WeightSync
+from megatron_vespo.weight_sync.servers import Servers
+from megatron_vespo.weight_sync.sync import WeightSync
+from megatron_vespo.weight_sync.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -159,20 +164,22 @@ def make_rollouts(
         architecture: Limits of prompts and ids.
         tokenizer: Texts.
         exporter: Weights to push.
-        server: The server that rank 0 started; None on other ranks, or where ``rollout.server.url`` names one.
+        server: The server that rank 0 started; None on other ranks, or where ``rollout.server.url`` names some.
         stack: Takes what must be closed at the end.
     """
-    connection, engine, control, transport = None, None, None, None
+    connection, engine, servers, transport = None, None, None, None
 
     def on_main() -> None:
-        nonlocal connection, engine, control, transport
+        nonlocal connection, engine, servers, transport
         connection = connect.connect(config, architecture, tokenizer, server)
-        engine, control = connection.engine, connection.control
-        transport = _make_transport(config, connection)
+        engine = connection.engine
+        _check_loader(config, connection)
+        servers = Servers(connection.controls, [info.tensor_parallel_size for info in connection.infos])
+        transport = _make_transport(config, servers)
 
     parallel.on_main(on_main)
     service = RolloutService(engine, parallel.broadcast_bytes, config.rollout.prompts_per_step)
-    weight_sync = WeightSync(exporter, control, transport)
+    weight_sync = WeightSync(exporter, servers, transport, verify=config.weight_sync.verify != "none")
     stack.callback(weight_sync.close)
     stack.callback(service.close)
     return Rollouts(service, connect.make_evaluator(config, service, connection), weight_sync)
@@ -197,10 +204,26 @@ def make_replay(config: Config, architecture: Architecture) -> Rollouts:
     return Rollouts(replay, NoEvaluation(), replay)
 
 
-def _make_transport(config: Config, connection: connect.Connection) -> Transport:
-    if config.weight_sync.transport == "disk":
-        return DiskTransport(connection.control, config.run_folder / "weights", Path(config.model.hf_path))
-    return BroadcastTransport(connection.control, connection.info.tensor_parallel_size)
+def _make_transport(config: Config, servers: Servers) -> Transport:
+    match config.weight_sync.transport:
+        case "disk":
+            return DiskTransport(servers, config.run_folder / "weights", Path(config.model.hf_path))
+        case "delta":
+            return DeltaTransport(servers, config.weight_sync.bucket_megabytes * 2**20)
+    return BroadcastTransport(servers)
+
+
+def _check_loader(config: Config, connection: connect.Connection) -> None:
+    """Servers that others started may lack what runs inside them."""
+    if config.weight_sync.transport != "delta" and config.weight_sync.verify == "none":
+        return
+    for control, info in zip(connection.controls, connection.infos, strict=True):
+        if LOADER not in info.weight_loaders:
+            raise UserError(
+                f"{control.base_url} was started without --custom-weight-loader {LOADER}, which weight_sync.verify and"
+                " transport delta need: start it so, with megatron_vespo on its PYTHONPATH, or set weight_sync.verify:"
+                " none and another transport"
+            )
 
 
 def make_sft_batches(config: Config, architecture: Architecture, tokenizer: Tokenizer) -> Iterator[list[Sample]]:

@@ -50,8 +50,9 @@ class ModelSection(Section):
 class ServerSection(Section):
     """Where SGLang runs. Without ``url`` the trainer starts a server of its own and stops it at the end."""
 
-    url: str | None = None
-    """Address of a running server, http://host:port; it must serve the same architecture."""
+    url: str | list[str] | None = None
+    """Address of a running server, http://host:port, or a list of them: groups are spread over them, and all get every
+    push. They must serve the same architecture."""
     python: str | None = None
     """Interpreter of SGLang's own environment; default: the trainer's."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -62,6 +63,19 @@ class ServerSection(Section):
     """Port of the server; default: a free one."""
     startup_timeout: float = Field(default=600.0, gt=0)
     """Seconds until a server that is not ready is given up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.url, list) and len({url.rstrip("/") for url in self.url}) != len(self.url):
+            raise ValueError(f"url: {self.url} names a server twice")
+        if self.url == []:
+            raise ValueError("url: an empty list; leave it out for a server of the run's own")
+        return self
+
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of running servers; none where the run starts its own."""
+        return [self.url] if isinstance(self.url, str) else self.url or []
 
 
 class RolloutSection(Section):
@@ -152,10 +166,16 @@ class TrainingSection(Section):
 class WeightSyncSection(Section):
     """How new weights reach SGLang after each rollout batch."""
 
-    transport: Literal["broadcast", "disk"] = "broadcast"
-    """`broadcast` over a process group with the server (gloo on CPU, NCCL on GPU); `disk` writes an HF folder."""
+    transport: Literal["broadcast", "delta", "disk"] = "broadcast"
+    """`broadcast` over a process group with the servers (gloo on CPU, NCCL on GPU); `delta` over the same group, only
+    what changed bit for bit since the last push, for a copy of the weights in rank 0's host memory; `disk` writes an HF
+    folder that the servers read."""
     bucket_megabytes: int = Field(default=512, ge=1)
-    """Most weights in flight at once."""
+    """Weights put together at a time; rank 0 holds up to three times as much while it receives, checks and sends."""
+    verify: Literal["checksum", "none"] = "checksum"
+    """`checksum` compares fingerprints of all tensors, taken from the trainer's and from the servers' memory, after
+    every push; a mismatch is an error, or with `delta` a push of all weights. A server that changes weights on purpose
+    (quantisation) needs `none`."""
 
 
 class EvaluationSection(Section):

@@ -37,14 +37,14 @@ class Connection:
 
     Attributes:
         engine: Generates.
-        control: Control routes.
-        info: What the server says of itself.
+        controls: Control routes of each server.
+        infos: What each says of itself.
         evaluation: Prompts of the evaluation sets.
     """
 
     engine: RolloutEngine
-    control: SGLangControl
-    info: ServerInfo
+    controls: list[SGLangControl]
+    infos: list[ServerInfo]
     evaluation: dict[str, list[Prompt]]
 
 
@@ -61,7 +61,7 @@ def connect(
         config: Configuration.
         architecture: Limits of prompts and ids.
         tokenizer: Texts.
-        server: The server that was started; None where ``rollout.server.url`` names one.
+        server: The server that was started; None where ``rollout.server.url`` names some.
         unpushed_version: As of :class:`SGLangClient`.
 
     Raises:
@@ -72,28 +72,31 @@ def connect(
     reward = load_reward(config.reward.function)
     if server is not None:
         server.wait_ready()
-    url = server.url if server is not None else rollout.server.url
-    assert url is not None
-    control = SGLangControl(url, timeout=rollout.request_timeout)
-    info = control.info()
-    client = SGLangClient(
-        url,
-        vocab_size=architecture.vocab_size,
-        max_concurrent=rollout.concurrency,
-        timeout=rollout.request_timeout,
-        unpushed_version=unpushed_version,
-    )
+    urls = [server.url] if server is not None else rollout.server.urls
+    controls = [SGLangControl(url, timeout=rollout.request_timeout) for url in urls]
+    infos = [control.info() for control in controls]
+    clients = [
+        SGLangClient(
+            url,
+            vocab_size=architecture.vocab_size,
+            max_concurrent=max(1, rollout.concurrency // len(urls)),
+            timeout=rollout.request_timeout,
+            unpushed_version=unpushed_version,
+        )
+        for url in urls
+    ]
     engine = RolloutEngine(
-        [client],
+        clients,
         PromptStream(train, config.run.seed, config.data.shuffle),
         RolloutBuffer(rollout.prompts_per_step, rollout.max_staleness),
         samples_per_prompt=rollout.samples_per_prompt,
         sampling=_sampling(config, rollout.temperature),
         decode=tokenizer.decode,
         reward=reward,
+        seed=config.run.seed if all(info.deterministic for info in infos) else None,
         check_servers=server.check_alive if server is not None else lambda: None,
     )
-    return Connection(engine, control, info, evaluation)
+    return Connection(engine, controls, infos, evaluation)
 
 
 def _sampling(config: Config, temperature: float, *, evaluation: bool = False) -> SamplingParams:

@@ -44,8 +44,9 @@ class RolloutSource(Protocol):
 class WeightPush(Protocol):
     """Where new weights go."""
 
-    def push(self, version: int) -> None:
-        """Sample with the current weights from now on, as this policy version."""
+    def push(self, version: int) -> Values:
+        """Sample with the current weights from now on, as this policy version; returns metrics of the push."""
+        ...
 
 
 class Evaluation(Protocol):
@@ -151,7 +152,7 @@ def train_rl(
                 log_w.update(zip((sample.name for sample in minibatch), table["log_w"].tolist(), strict=True))
                 progress.policy_version += 1
         with recorder.timed("sync"):
-            weight_sync.push(progress.policy_version)
+            metrics.update(weight_sync.push(progress.policy_version))
         rollouts.release(len(groups))  # only now admit new prompts: this bounds the staleness
 
         progress.step += 1

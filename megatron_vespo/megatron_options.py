@@ -18,6 +18,7 @@ REFUSED_MEGATRON_OPTIONS: dict[str, str] = {
     "moe_expert_capacity_factor": "dropping tokens makes the trainer compute another policy than the server",
     "moe_input_jitter_eps": "noise in the router makes the trainer compute another policy than the server",
     "mtp_num_layers": "multi-token prediction is not trained here",
+    "transformer_impl": "model.layer_spec chooses the implementation",
     "use_mup": "the server knows nothing of its logit scaling",
     "fp8_output_proj": "log-probabilities are computed from the output weight itself",
 }

@@ -47,6 +47,14 @@ def initialize(megatron: dict[str, Any], seed: int, *, timeout_minutes: float = 
     model_parallel_cuda_manual_seed(seed)
 
 
+def initialize_alone() -> None:
+    """Megatron's process groups for a process outside any job: one rank, no port, no environment variables."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel(expert_tensor_parallel_size=DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
+    model_parallel_cuda_manual_seed(0)
+
+
 _SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

@@ -29,7 +29,7 @@ def generate(config: Config, server: SGLangServer | None, stack: ExitStack) -> N
 
     Args:
         config: Configuration.
-        server: The SGLang server of this run; None where ``rollout.server.url`` names one.
+        server: The SGLang server of this run; None where ``rollout.server.url`` names some.
         stack: Takes what must be closed at the end.
 
     Raises:
@@ -42,14 +42,15 @@ def generate(config: Config, server: SGLangServer | None, stack: ExitStack) -> N
     stack.callback(recorder.finish)
     with recorder.phase("connecting to SGLang"):
         connection = connect.connect(config, architecture, tokenizer, server, unpushed_version=STARTING_VERSION)
-        stack.callback(connection.control.close)
-    info, url = connection.info, connection.control.base_url
-    if info.weight_version not in (UNPUSHED, str(STARTING_VERSION)):
-        raise UserError(
-            f"{url} serves weight version {info.weight_version}, which a trainer pushed; objective rollout needs the"
-            " weights that the server loaded: restart it"
-        )
-    recorder.message(f"no trainer: sampling from {info.model_path} as {url} loaded it")
+        for control in connection.controls:
+            stack.callback(control.close)
+    for control, info in zip(connection.controls, connection.infos, strict=True):
+        if info.weight_version not in (UNPUSHED, str(STARTING_VERSION)):
+            raise UserError(
+                f"{control.base_url} serves weight version {info.weight_version}, which a trainer pushed; objective"
+                " rollout needs the weights that the server loaded: restart it"
+            )
+        recorder.message(f"no trainer: sampling from {info.model_path} as {control.base_url} loaded it")
     service = RolloutService(connection.engine, _one_rank, config.rollout.prompts_per_step)
     stack.callback(service.close)
     run_rollouts(

@@ -86,7 +86,7 @@ def run(config: Config, log: RankLog) -> None:
     """Do what the configuration says; on one rank of the job."""
     with ExitStack() as stack:
         server = None
-        if os.environ["RANK"] == "0" and config.samples_from_server and config.rollout.server.url is None:
+        if os.environ["RANK"] == "0" and config.samples_from_server and not config.rollout.server.urls:
             # Before the slow imports: the server does its own meanwhile.
             server = stack.enter_context(start_server(config))
 

@@ -17,7 +17,8 @@ def hf_log_probs(
 ) -> dict[str, list[np.ndarray]]:
     """log softmax over the whole vocabulary of every position, [length, vocabulary], by the folder's name.
 
-    Each sequence is a batch of its own.
+    Each sequence is a batch of its own. Beside that each model's config.json, as transformers saves it, is left in
+    ``scratch / "saved" / name``.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "sequences.json").write_text(json.dumps([list(map(int, sequence)) for sequence in sequences]))
@@ -29,12 +30,16 @@ def hf_log_probs(
         }
 
 
-def log_probs_in_this_process(folder: Path, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The same by transformers here."""
+def log_probs_in_this_process(
+    folder: Path, sequences: Sequence[Sequence[int]], saved: Path | None = None
+) -> list[np.ndarray]:
+    """The same by transformers here, for one folder; its config is saved to the folder ``saved``."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if saved is not None:
+        model.config.save_pretrained(saved)
     with torch.no_grad():
         return [model(torch.tensor([list(s)])).logits[0].log_softmax(-1).numpy() for s in sequences]
 
@@ -45,7 +50,9 @@ def main() -> None:
     arrays = {
         f"{folder.name}/{number}": values
         for folder in folders
-        for number, values in enumerate(log_probs_in_this_process(folder, sequences))
+        for number, values in enumerate(
+            log_probs_in_this_process(folder, sequences, out.parent / "saved" / folder.name)
+        )
     }
     assert not any(name.startswith("megatron") for name in sys.modules)
     np.savez(out, **arrays)

@@ -37,7 +37,7 @@ def make_tiny_qwen3_moe(
     std: float = 0.2,
 ) -> Path:
     """A random fp32 Qwen3-MoE with a word-level tokenizer; returns the folder. Equal arguments, equal weights."""
-    config = _shared_config(
+    config = shared_config(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
         vocab_size=vocab_size,
@@ -60,7 +60,7 @@ def make_tiny_qwen3_moe(
         "router_aux_loss_coef": 0.001,
         "output_router_logits": False,
     }
-    return _write(Path(folder), config, seed, std)
+    return write(Path(folder), config, seed, std)
 
 
 def make_tiny_qwen3(
@@ -79,7 +79,7 @@ def make_tiny_qwen3(
     std: float = 0.2,
 ) -> Path:
     """The dense variant of :func:`make_tiny_qwen3_moe`."""
-    config = _shared_config(
+    config = shared_config(
         "Qwen3ForCausalLM",
         "qwen3",
         vocab_size=vocab_size,
@@ -92,7 +92,7 @@ def make_tiny_qwen3(
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=tie_word_embeddings,
     )
-    return _write(Path(folder), config, seed, std)
+    return write(Path(folder), config, seed, std)
 
 
 def make_tiny_tokenizer(folder: Path | str, vocab_size: int = 64) -> Path:
@@ -120,7 +120,7 @@ def make_tiny_tokenizer(folder: Path | str, vocab_size: int = 64) -> Path:
     return folder
 
 
-def _shared_config(
+def shared_config(
     architecture: str,
     model_type: str,
     *,
@@ -162,31 +162,49 @@ def _shared_config(
     }
 
 
-def _write(folder: Path, config: dict[str, Any], seed: int, std: float) -> Path:
+def write(folder: Path, config: dict[str, Any], seed: int, std: float) -> Path:
+    return write_weights(folder, config, _weights(config, seed, std))
+
+
+def write_weights(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
+    """A checkpoint folder with this config and these weights, and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}))
-    save_file(_weights(config, seed, std), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return make_tiny_tokenizer(folder, config["vocab_size"])
 
 
 def _weights(config: dict[str, Any], seed: int, std: float) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    hidden = config["hidden_size"]
+    head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
     queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     weights: dict[str, np.ndarray] = {}
 
     def matrix(name: str, rows: int, columns: int) -> None:
         weights[f"{name}.weight"] = rng.normal(0, std, (rows, columns)).astype(np.float32)
 
+    def bias(name: str, size: int) -> None:
+        weights[f"{name}.bias"] = rng.normal(0, std, size).astype(np.float32)
+
     def norm(name: str, size: int) -> None:
         # Away from 1, so that a norm weight that gets lost shows.
         weights[f"{name}.weight"] = rng.uniform(0.8, 1.2, size).astype(np.float32)
 
-    def mlp(name: str, inner: int) -> None:
-        matrix(f"{name}.gate_proj", inner, hidden)
-        matrix(f"{name}.up_proj", inner, hidden)
-        matrix(f"{name}.down_proj", hidden, inner)
+    def mlp(name: str, inner: int, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> None:
+        matrix(f"{name}.{gate}", inner, hidden)
+        matrix(f"{name}.{up}", inner, hidden)
+        matrix(f"{name}.{down}", hidden, inner)
+
+    def attention_extras(layer: str) -> None:
+        if config["model_type"].startswith("qwen3"):
+            norm(f"{layer}.self_attn.q_norm", head_dim)
+            norm(f"{layer}.self_attn.k_norm", head_dim)
+        if config["model_type"].startswith("qwen2"):
+            bias(f"{layer}.self_attn.q_proj", queries)
+            bias(f"{layer}.self_attn.k_proj", keys)
+            bias(f"{layer}.self_attn.v_proj", keys)
 
     matrix("model.embed_tokens", config["vocab_size"], hidden)
     for i in range(config["num_hidden_layers"]):
@@ -196,15 +214,21 @@ def _weights(config: dict[str, Any], seed: int, std: float) -> dict[str, np.ndar
         matrix(f"{layer}.self_attn.k_proj", keys, hidden)
         matrix(f"{layer}.self_attn.v_proj", keys, hidden)
         matrix(f"{layer}.self_attn.o_proj", hidden, queries)
-        norm(f"{layer}.self_attn.q_norm", head_dim)
-        norm(f"{layer}.self_attn.k_norm", head_dim)
+        attention_extras(layer)
         norm(f"{layer}.post_attention_layernorm", hidden)
         if "num_experts" in config:
             matrix(f"{layer}.mlp.gate", config["num_experts"], hidden)
             for expert in range(config["num_experts"]):
                 mlp(f"{layer}.mlp.experts.{expert}", config["moe_intermediate_size"])
+        elif "num_local_experts" in config:
+            matrix(f"{layer}.block_sparse_moe.gate", config["num_local_experts"], hidden)
+            for expert in range(config["num_local_experts"]):
+                mlp(f"{layer}.block_sparse_moe.experts.{expert}", config["intermediate_size"], "w1", "w3", "w2")
         else:
             mlp(f"{layer}.mlp", config["intermediate_size"])
+        if "shared_expert_intermediate_size" in config:
+            mlp(f"{layer}.mlp.shared_expert", config["shared_expert_intermediate_size"])
+            matrix(f"{layer}.mlp.shared_expert_gate", 1, hidden)
     norm("model.norm", hidden)
     if not config["tie_word_embeddings"]:
         matrix("lm_head", config["vocab_size"], hidden)

@@ -15,7 +15,7 @@ from megatron_vespo.files import atomic_folder
 from megatron_vespo.layouts.outcome import WEIGHTS, Outcome
 from megatron_vespo.layouts.work import Work, read_work
 from megatron_vespo.metrics.measure import minibatch_metrics
-from megatron_vespo.models.conversion import HfExporter
+from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_files import HfWriter
 from megatron_vespo.models.registry import load_architecture
 

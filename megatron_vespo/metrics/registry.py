@@ -87,6 +87,9 @@ _PLAIN = (
     ("rollout/equal_reward_share", "share", _MEAN, "Share of groups whose rewards are all equal: no learning signal."),
     ("rollout/staleness_mean", "updates", _MEAN, "Mean staleness: updates between sampling and training."),
     ("rollout/staleness_max", "updates", _MAX, "Largest staleness."),
+    ("perf/sync_bytes", "bytes", _SUM, "Weights sent to each server (written to disk, with that transport)."),
+    ("perf/sync_changed_share", "share", _MEAN, "Elements sent because they changed since the last push (delta)."),
+    ("perf/sync_repairs", "", _SUM, "Pushes after which servers held other weights, so that all were sent (delta)."),
     ("perf/step_time", "s", _SUM, "Wall-clock time of the step."),
     ("perf/tokens_per_second", "tokens/s", _MEAN, "Prompt and response tokens trained on per second of step time."),
     (

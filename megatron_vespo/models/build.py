@@ -11,38 +11,50 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.native import local_block_spec
+from megatron_vespo.models.router import with_router
 
 # Ours where Megatron's default does not suit; the ``megatron:`` section overrides them.
 _DEFAULTS: dict[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",  # the only dispatcher for expert parallelism on every backend
     "moe_router_load_balancing_type": "none",  # a balancing loss would move the policy away from the reward
     "moe_aux_loss_coeff": 0.0,
+    "moe_router_bias_update_rate": 0.0,  # and so would moving the bias that experts are chosen with
 }
 # What a model computes is read from its config.json, so that the server and the trainer agree; Megatron's default holds
 # where a family says nothing.
 _ARCHITECTURE_FIELDS = {
     "activation_func_clamp_value",
     "apply_residual_connection_post_layernorm",
+    "attention_output_gate",
     "experimental_attention_variant",
     "glu_linear_offset",
     "layernorm_zero_centered_gamma",
+    "linear_attention_freq",
+    "moe_apply_probs_on_input",
+    "moe_latent_size",
     "moe_layer_freq",
     "moe_router_enable_expert_bias",
+    "moe_router_force_biased",
+    "moe_router_force_load_balancing",
     "moe_router_group_topk",
     "moe_router_num_groups",
+    "moe_router_pre_softmax",
     "moe_router_score_function",
+    "moe_router_topk_limited_devices",
     "moe_router_topk_scaling_factor",
     "moe_shared_expert_gate",
     "moe_shared_expert_intermediate_size",
+    "mrope_section",
     "multi_latent_attention",
     "no_rope_freq",
+    "qk_l2_norm",
     "rotary_interleaved",
     "softmax_scale",
     "softmax_type",
@@ -105,6 +117,9 @@ def transformer_config(architecture: Architecture, section: dict[str, Any], laye
     if moe and parallel.tensor_parallel_size() > 1 and not section.get("sequence_parallel"):
         raise UserError("megatron.sequence_parallel: must be true for a mixture of experts with tensor parallelism")
     grouped = layer_spec == "transformer_engine" and moe
+    config_class = MLATransformerConfig if fixed.get("multi_latent_attention") else TransformerConfig
+    if fixed.get("moe_router_score_function") == "sigmoid":
+        section = {"moe_router_dtype": "fp32", **section}  # as the modelling code and the server have these routers
     values = {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -112,11 +127,12 @@ def transformer_config(architecture: Architecture, section: dict[str, Any], laye
         "init_method_std": architecture.config.get("initializer_range", 0.02),
         "moe_grouped_gemm": grouped,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
-        **_typed(TransformerConfig, {**_DEFAULTS, **section}),
+        **_typed(config_class, {**_DEFAULTS, **section}),
         **(_INTERLEAVED if section.get("virtual_pipeline_model_parallel_size") else {}),
         **fixed,
+        "transformer_impl": layer_spec,
     }
-    return _construct(TransformerConfig, values)
+    return _construct(config_class, values)
 
 
 def optimizer_config(section: dict[str, Any]) -> OptimizerConfig:
@@ -172,14 +188,13 @@ def build_model(
     for vp_stage in range(virtual) if virtual else (None,):
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(config, layer_spec, vp_stage),
+            transformer_layer_spec=with_router(_block_spec(config, layer_spec, vp_stage)),
             vocab_size=padded_vocab_size(architecture, make_vocab_size_divisible_by),
             max_sequence_length=architecture.context_length,
             pre_process=parallel.is_first_stage(vp_stage),
             post_process=parallel.is_last_stage(vp_stage),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,
+            **architecture.rope_options,
             vp_stage=vp_stage,
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)

@@ -13,6 +13,7 @@ A worked example, gate and up projections of 4 rows each over 2 ranks::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,23 +89,27 @@ def columns_of(*sizes: str) -> MakeLayout:
     """Split by columns (the input of a row-parallel linear), as many as the product of these config fields."""
 
     def layout(config: HfConfig, shards: int, rows: int) -> Layout:
-        columns = 1
-        for size in sizes:
-            columns *= config[size]
-        return Layout(1, (Piece(0, 0, 0, columns),))
+        return Layout(1, (Piece(0, 0, 0, _product(config, sizes)),))
 
     return layout
 
 
-def gate_up(size: str) -> MakeLayout:
-    """Gate and up projections, fused rank by rank: rank 0's gate and up, then rank 1's."""
+def gate_up(*sizes: str) -> MakeLayout:
+    """Gate and up projections, fused rank by rank: rank 0's gate and up, then rank 1's.
+
+    Each has as many rows as the product of these config fields.
+    """
 
     def layout(config: HfConfig, shards: int, rows: int) -> Layout:
-        n = config[size] // shards
+        n = _product(config, sizes) // shards
         pieces = (Piece(hf, r * n, (2 * r + hf) * n, n) for r in range(shards) for hf in (0, 1))
         return Layout(0, tuple(pieces))
 
     return layout
+
+
+def _product(config: HfConfig, sizes: tuple[str, ...]) -> int:
+    return math.prod(config[size] for size in sizes)
 
 
 def grouped_qkv(config: HfConfig, shards: int, rows: int) -> Layout:

@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
 
@@ -80,7 +85,7 @@ class PackedAttention(MegatronModule):
             packed_seq_params: Segment borders.
 
         Returns:
-            [tokens, heads * head_dim].
+            [tokens, heads * head_dim]. Megatron pads the values of multi-head latent attention to the keys' head_dim.
         """
         if packed_seq_params is None:
             raise ValueError("PackedAttention needs packed_seq_params")
@@ -92,26 +97,61 @@ class PackedAttention(MegatronModule):
         return torch.cat([output.transpose(0, 1) for output in outputs]).flatten(1)
 
 
+class LatentAttention(MLASelfAttention):
+    """Multi-head latent attention whose rotary key has the gradient of all heads.
+
+    The local spec splits the down-projection over tensor-parallel ranks, and Megatron gathers the rotary key that all
+    heads share in a way whose backward pass keeps this rank's heads alone (multi_latent_attention.py:739). In the form
+    that Transformer Engine's projection gives, [tokens / ranks, all columns], it sums them.
+    """
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        query, key_value = super()._qkv_down_projection(hidden_states)
+        if self.config.tensor_model_parallel_size > 1:
+            # Sequence parallelism is on: a mixture of experts with tensor parallelism requires it.
+            key_value = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(key_value))
+        return query, key_value
+
+
 def _segments(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
     """[tokens, heads, dim] -> one [heads, length, dim] a segment."""
     return [segment.transpose(0, 1) for segment in tensor.split(lengths)]
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with these modules in place of its norm and attention, for this pipeline stage."""
+    """Megatron's local layer specs with these modules in place of its norm and attention, for this pipeline stage."""
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is None:
+        experts = [False] * config.num_layers
+    elif isinstance(frequency, int):
+        experts = [layer % frequency == 0 for layer in range(config.num_layers)]
+    else:
+        experts = [bool(has_experts) for has_experts in frequency]
+    first = get_transformer_layer_offset(config, vp_stage)
+    ours = experts[first : first + get_num_layers_to_build(config, vp_stage)]
+    specs = {has_experts: _layer_spec(config, has_experts) for has_experts in set(ours)}
+    return TransformerBlockSubmodules(layer_specs=[specs[has_experts] for has_experts in ours], layer_norm=RMSNorm)
+
+
+def _layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_submodules(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts if has_experts else None,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
     )
     attention = layer.self_attention
-    qk_norm = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
+    key = "kv" if config.multi_latent_attention else "k"
+    qk_norm = {"q_layernorm": RMSNorm, f"{key}_layernorm": RMSNorm} if config.qk_layernorm else {}
     submodules = replace(attention.submodules, core_attention=PackedAttention, **qk_norm)
     layer = replace(
         layer,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
-        self_attention=replace(attention, submodules=submodules),
+        self_attention=replace(
+            attention,
+            module=LatentAttention if config.multi_latent_attention else attention.module,
+            submodules=submodules,
+        ),
     )
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
-    )
+    return ModuleSpec(module=TransformerLayer, submodules=layer)

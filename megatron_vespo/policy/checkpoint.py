@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_folder
-from megatron_vespo.models.conversion import HfExporter
+from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_files import HfWriter, copy_companions
 
 

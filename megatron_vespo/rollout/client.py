@@ -65,7 +65,11 @@ class SGLangClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def generate(
-        self, input_ids: TokenIds, sampling: SamplingParams, max_new_tokens: int | None = None
+        self,
+        input_ids: TokenIds,
+        sampling: SamplingParams,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
     ) -> Generation:
         """Sample one response to ``input_ids``.
 
@@ -73,6 +77,8 @@ class SGLangClient:
             input_ids: Token ids, at least one.
             sampling: How to sample.
             max_new_tokens: Instead of ``sampling``'s, where a response is being continued.
+            seed: Determines the response, together with the weights, where the server runs deterministic inference. A
+                continuation takes the same one.
 
         Raises:
             UserError: bad ids or a request beyond the context; nothing is sent then.
@@ -81,7 +87,7 @@ class SGLangClient:
         limit = sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
         protocol.check_ids(ids, self.vocab_size, self.base_url)
         protocol.check_length(len(ids), limit, await self.limits(), self.base_url)
-        answer = await self._send(protocol.generate_request(ids, sampling, limit))
+        answer = await self._send(protocol.generate_request(ids, sampling, limit, seed))
         return protocol.parse_generation(self.base_url, answer, self._unpushed_version)
 
     async def score(self, input_ids: TokenIds, start: int) -> FloatArray:

@@ -154,6 +154,29 @@ class SGLangControl:
             )
         )
 
+    def update_weights_with_loader(self, loader: str, payload: str, workers: int, version: int | None) -> None:
+        """Have each worker call a function of ours with what is in the payload. The cache is flushed.
+
+        SGLang refuses a function that it was not started with; one that raises ends the server.
+
+        Args:
+            loader: Import path; the server was started with it as ``--custom-weight-loader``.
+            payload: Named tensors, pickled, in base64; the same for every worker.
+            workers: The server's tensor-parallel size.
+            version: Policy version that the weights belong to afterwards; None leaves it as it is.
+        """
+        self._send(
+            Request(
+                "/update_weights_from_tensor",
+                {
+                    "serialized_named_tensors": [payload] * workers,
+                    "load_format": loader,
+                    "weight_version": None if version is None else str(version),
+                    "flush_cache": True,
+                },
+            )
+        )
+
     def flush_cache(self) -> None:
         """Forget all cached prefixes. A ServerError while requests run."""
         self._send(protocol.FLUSH_CACHE)

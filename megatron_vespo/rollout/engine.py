@@ -40,6 +40,7 @@ class RolloutEngine:
         decode: Token ids to text.
         reward: Score of a sample.
         check_servers: Raises a UserError if a server process of ours is dead; asked every second while waiting.
+        seed: Determines all samples, on servers with deterministic inference; None: requests without seeds.
         on_progress: Told (groups done, groups wanted) about every second while a caller waits, in the caller's thread.
     """
 
@@ -55,6 +56,7 @@ class RolloutEngine:
         reward: RewardFunction,
         check_servers: Callable[[], None] = lambda: None,
         on_progress: ProgressCallback = lambda done, total: None,
+        seed: int | None = None,
     ) -> None:
         self._clients = clients
         self._prompts = prompts
@@ -65,6 +67,7 @@ class RolloutEngine:
         self._reward = reward
         self._check_servers = check_servers
         self._on_progress = on_progress
+        self._seed = seed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
         # What follows is touched in the event loop only, except for reading _done.
@@ -190,7 +193,7 @@ class RolloutEngine:
     async def _generate(self, prompt: Prompt, n: int, sampling: SamplingParams) -> SampleGroup:
         # One server for a group: its prompt's KV cache is computed once.
         client = self._clients[prompt.index % len(self._clients)]
-        return await generate_group(client, prompt, n, sampling, self._decode, self._reward)
+        return await generate_group(client, prompt, n, sampling, self._decode, self._reward, self._seed)
 
     async def _shut_down(self) -> None:
         self._admitting = False

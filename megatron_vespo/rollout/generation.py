@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from megatron_vespo.errors import UserError
 from megatron_vespo.rewards.loader import RewardFunction
 from megatron_vespo.rollout.client import SGLangClient, TokenIds
@@ -31,6 +33,7 @@ async def generate_group(
     sampling: SamplingParams,
     decode: Decode,
     reward: RewardFunction,
+    seed: int | None = None,
 ) -> SampleGroup:
     """Sample ``n`` responses by separate concurrent requests and score each as soon as it is complete.
 
@@ -41,6 +44,7 @@ async def generate_group(
         sampling: How to sample.
         decode: Token ids to text, special tokens kept.
         reward: Score of a sample. An ordinary function runs in a thread, a coroutine function in the event loop.
+        seed: Of the run: with deterministic inference it determines every response. None: unseeded.
 
     Raises:
         UserError: the server failed, or the reward function raised or returned no finite number. The other requests
@@ -48,7 +52,8 @@ async def generate_group(
     """
 
     async def one(index: int) -> Sample:
-        generation = await generate_to_end(client, prompt.input_ids, sampling)
+        own_seed = None if seed is None else sample_seed(seed, prompt.index, index)
+        generation = await generate_to_end(client, prompt.input_ids, sampling, own_seed)
         sample = Sample(
             prompt,
             index,
@@ -64,6 +69,12 @@ async def generate_group(
     return SampleGroup(prompt, await gather_or_first_error([one(index) for index in range(n)]))
 
 
+def sample_seed(seed: int, prompt: int, sample: int) -> int:
+    """The seed, of 63 bits, of one sample of one prompt in a run."""
+    (state,) = np.random.SeedSequence((seed, prompt, sample)).generate_state(1, np.uint64).tolist()
+    return state >> 1
+
+
 async def gather_or_first_error[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Results in order; the first failure cancels the rest and is raised as it is, not as one of a group."""
     try:
@@ -74,12 +85,14 @@ async def gather_or_first_error[T](work: Sequence[Coroutine[Any, Any, T]]) -> li
     return [task.result() for task in tasks]
 
 
-async def generate_to_end(client: SGLangClient, input_ids: TokenIds, sampling: SamplingParams) -> Generation:
+async def generate_to_end(
+    client: SGLangClient, input_ids: TokenIds, sampling: SamplingParams, seed: int | None = None
+) -> Generation:
     """Sample one response, resuming it from where it stands whenever it is aborted.
 
     Each part keeps its own log-probs and weight versions, so the joined response is exact.
     """
-    response = await client.generate(input_ids, sampling)
+    response = await client.generate(input_ids, sampling, seed=seed)
     fruitless = 0
     while response.finish_reason == FINISH_ABORT:
         so_far = [*input_ids, *response.response_ids]
@@ -87,7 +100,7 @@ async def generate_to_end(client: SGLangClient, input_ids: TokenIds, sampling: S
         # A response aborted a few tokens before the context's end is too long to be a prompt.
         if left <= 0 or len(so_far) > (await client.limits()).max_prompt_tokens:
             return dataclasses.replace(response, finish_reason=FINISH_LENGTH)
-        part = await client.generate(so_far, sampling, left)
+        part = await client.generate(so_far, sampling, left, seed)
         fruitless = 0 if len(part.response_ids) else fruitless + 1
         if fruitless > MAX_FRUITLESS_RESUMES:
             raise ServerError(f"{client.base_url}: a request was aborted {fruitless} times without getting a token")

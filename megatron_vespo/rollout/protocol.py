@@ -76,6 +76,8 @@ class ServerInfo:
         model_path: Where its weights came from.
         sglang_version: Version of SGLang.
         tensor_parallel_size: Processes that hold its weights.
+        weight_loaders: Import paths of the weight loaders that it was started with.
+        deterministic: Whether a request's seed determines its response.
     """
 
     context_length: int
@@ -85,6 +87,8 @@ class ServerInfo:
     model_path: str
     sglang_version: str
     tensor_parallel_size: int
+    weight_loaders: tuple[str, ...]
+    deterministic: bool
 
 
 READY = Request("/ready", method="GET")
@@ -100,10 +104,12 @@ END_WEIGHT_UPDATE = Request("/end_weight_update", {})
 INFO_REQUESTS = (MODEL_INFO, MODELS, SERVER_INFO)
 
 
-def generate_request(input_ids: Sequence[int], sampling: SamplingParams, max_new_tokens: int) -> Request:
-    """Sample one response, with log-probs."""
-    body = {"input_ids": list(input_ids), "sampling_params": sampling.body(max_new_tokens), "return_logprob": True}
-    return Request("/generate", body)
+def generate_request(
+    input_ids: Sequence[int], sampling: SamplingParams, max_new_tokens: int, seed: int | None = None
+) -> Request:
+    """Sample one response, with log-probs. ``seed`` is for servers with deterministic inference; others ignore it."""
+    params = sampling.body(max_new_tokens) | ({} if seed is None else {"sampling_seed": seed})
+    return Request("/generate", {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True})
 
 
 def score_request(input_ids: Sequence[int], start: int) -> Request:
@@ -176,6 +182,8 @@ def parse_info(answers: Sequence[Any]) -> ServerInfo:
         model_path=model["model_path"],
         sglang_version=server["version"],
         tensor_parallel_size=server["tp_size"],
+        weight_loaders=tuple(server.get("custom_weight_loader") or ()),
+        deterministic=bool(server.get("enable_deterministic_inference")),
     )
 
 

@@ -80,9 +80,10 @@ class ReplayService:
         self._number = 0
         self._policy_version = 0
 
-    def push(self, version: int) -> None:
-        """Note the policy version."""
+    def push(self, version: int) -> dict[str, float | None]:
+        """Note the policy version; nothing is sent, and there are no metrics."""
         self._policy_version = version
+        return {}
 
     def start(self) -> None:
         """Nothing to do: the batches lie ready."""

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_vespo.errors import UserError
 from megatron_vespo.sglang_cpu.models import FAST_ARCHITECTURES
 from megatron_vespo.sglang_cpu.platform import PLATFORM_NAME
+from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.upstream import nearest_name
 
 DEVICES = ("cpu", "cuda")
@@ -36,6 +37,9 @@ RESERVED_ARGS = {
 SERVER_DEFAULTS: dict[str, Any] = {
     # A line a request would flood the log.
     "log_level_http": "warning",
+    # Weight pushes are verified, and changes applied, by code of ours inside the server; SGLang runs it only if told of
+    # it at the start. Imported when it is first used.
+    "custom_weight_loader": LOADER,
 }
 
 # More of it for a CPU server.

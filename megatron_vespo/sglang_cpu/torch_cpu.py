@@ -35,6 +35,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         Spawning is for CUDA, whose state does not survive a fork; here the main process has one thread and no device.
         """
         HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _use_fork, HookType.AFTER)
+        if server_args.enable_deterministic_inference:
+            from megatron_vespo.sglang_cpu import determinism  # the sampler's modules, which take a second to import
+
+            determinism.register()
         HookRegistry.apply_hooks()
 
 

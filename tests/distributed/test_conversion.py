@@ -1,6 +1,7 @@
 """Hugging Face weights into the sharded model and out again, bit by bit."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -15,11 +16,13 @@ from torch import Tensor
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
 from megatron_vespo.models.build import build_model, transformer_config
-from megatron_vespo.models.conversion import HfExporter, load_hf_weights
+from megatron_vespo.models.conversion import load_hf_weights
+from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_files import HfReader, HfWriter
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy.checkpoint import save_hf
 from tests.ranks import run_ranks
+from tests.tiny_families import make_tiny
 from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -51,6 +54,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         make_tiny_qwen3_moe(root / "moe_tied", tie_word_embeddings=True, **SMALL),
         make_tiny_qwen3(root / "dense", **SMALL),
         make_tiny_qwen3(root / "dense_tied", tie_word_embeddings=True, **SMALL),
+        make_tiny(root / "qwen2", "qwen2", **SMALL),
+        make_tiny(root / "qwen2_moe", "qwen2_moe", **SMALL),
+        make_tiny(root / "mixtral_moe", "mixtral", **SMALL),
+        make_tiny(root / "llama", "llama", tie_word_embeddings=True, **SMALL),
     ]
     return {folder.name: folder for folder in made}
 
@@ -230,6 +237,20 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(folders: dict[str, Path
         "unread": edited(dense, tmp_path / "unread", **{f"{q}__bias": torch.zeros(64)}),
         "fits": dense,
         "tied copy": edited(folders["dense_tied"], tmp_path / "tied", lm_head__weight=torch.zeros(50, 32)),
+        "expert": edited(
+            folders["mixtral_moe"],
+            tmp_path / "expert",
+            model__layers__2__block_sparse_moe__experts__3__w3__weight=None,
+        ),
+        "fifth expert": edited(
+            folders["qwen2_moe"],
+            tmp_path / "fifth",
+            model__layers__0__mlp__experts__4__up_proj__weight=torch.zeros(32, 32),
+        ),
+        "bias": edited(folders["qwen2"], tmp_path / "bias", model__layers__3__self_attn__k_proj__bias=None),
+        "bias shape": edited(
+            folders["qwen2"], tmp_path / "bias_shape", model__layers__0__self_attn__k_proj__bias=torch.zeros(32)
+        ),
     }
     (messages,) = run_ranks(1, refusals, list(variants.values()))
     told = dict(zip(variants, messages, strict=True))
@@ -237,12 +258,86 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(folders: dict[str, Path
     assert "model.layers.0.self_attn.q_proj.weight has shape (64, 31), config.json says (64, 32)" in told["shape"]
     assert "no rank read model.layers.0.self_attn.q_proj.bias" in told["unread"]
     assert told["fits"] == told["tied copy"] == ""
+    assert "tensor model.layers.2.block_sparse_moe.experts.3.w3.weight is missing" in told["expert"]
+    assert "no rank read model.layers.0.mlp.experts.4.up_proj.weight" in told["fifth expert"]
+    assert "tensor model.layers.3.self_attn.k_proj.bias is missing" in told["bias"]
+    assert "model.layers.0.self_attn.k_proj.bias has shape (32,), config.json says (16,)" in told["bias shape"]
+
+
+def export_all(folders: list[Path], megatron: dict[str, Any]) -> list[Tensors]:
+    return [stream_all(exporter(folder, megatron))[0] for folder in folders]
+
+
+def test_one_changed_element_shows_in_its_tensor_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    good = read_weights(folders["qwen2_moe"])
+    name = "model.layers.1.mlp.shared_expert.up_proj.weight"
+    changed = good[name].clone()
+    changed[-1, -1] += 2**-20
+    folder = edited(folders["qwen2_moe"], tmp_path / "changed", **{name.replace(".", "__"): changed})
+    size, megatron = LAYOUTS["TP2"]
+    (exported,) = run_ranks(size, export_all, [folder], megatron, **megatron)[0]
+    assert {key for key in good if not torch.equal(exported[key], good[key])} == {name}
+    with pytest.raises(AssertionError, match=re.escape(name)):
+        assert_bits_equal(exported, good)
+
+
+# --- checkpoints in FP8 ---
+
+FP8_BLOCK = (24, 20)  # borders of blocks, ranks, heads and groups all differ
+
+
+def in_fp8(folder: Path, target: Path) -> tuple[Path, Tensors]:
+    """The checkpoint with its attention and MLP matrices in FP8, and the weights that it stands for."""
+    shutil.copytree(folder, target)
+    rng = torch.Generator().manual_seed(0)
+    stored, true = {}, read_weights(folder)
+    for name, weight in true.items():
+        if "_proj.weight" not in name:
+            stored[name] = weight
+            continue
+        values = (weight * 300).to(torch.float8_e4m3fn)
+        scales = (
+            torch.rand([-(-n // size) for n, size in zip(weight.shape, FP8_BLOCK, strict=True)], generator=rng) + 0.5
+        ) / 300
+        stored |= {name: values, f"{name}_scale_inv": scales}
+        wide = scales.repeat_interleave(FP8_BLOCK[0], 0).repeat_interleave(FP8_BLOCK[1], 1)
+        true[name] = values.float() * wide[: weight.shape[0], : weight.shape[1]]
+    save_file(stored, target / "model.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": FP8_BLOCK}
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return target, true
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "TP2", "TP2 EP2"])
+def test_an_fp8_checkpoint_is_loaded_as_what_it_stands_for(
+    folders: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    names = ("moe", "qwen2_moe", "dense")[: 2 if "EP" in layout else 3]
+    made = [in_fp8(folders[name], tmp_path / name) for name in names]
+    size, megatron = LAYOUTS[layout]
+    exported = run_ranks(size, export_all, [folder for folder, _ in made], megatron, **megatron)[0]
+    for tensors, (_, true) in zip(exported, made, strict=True):
+        assert_bits_equal(tensors, true)
+
+
+def test_a_saved_fp8_checkpoint_is_a_plain_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, true = in_fp8(folders["dense"], tmp_path / "fp8")
+    run_ranks(1, save_twice, folder, tmp_path / "out", {})
+    saved = tmp_path / "out" / "step_2"
+    assert_bits_equal(read_weights(saved), true)
+    assert json.loads((saved / "config.json").read_text()) == json.loads((folders["dense"] / "config.json").read_text())
 
 
 def test_broken_files_are_user_errors(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"model\.safetensors: not a valid safetensors file"):
         HfReader(tmp_path)
+    whole = (folders["dense"] / "model.safetensors").read_bytes()
+    for length in (len(whole) - 1, len(whole) // 2, 100):
+        (tmp_path / "model.safetensors").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"model\.safetensors: not a valid safetensors file"):
+            HfReader(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(UserError, match=r"names gone\.safetensors, which is missing"):
         HfReader(tmp_path)

@@ -21,6 +21,7 @@ from megatron_vespo.policy.packing import pack
 from megatron_vespo.types import Prompt, Sample
 from tests.hf_reference import hf_log_probs
 from tests.ranks import run_ranks
+from tests.tiny_families import LLAMA3_ROPE, make_tiny
 from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
 
 LENGTHS = (1, 7, 2, 30, 12)
@@ -37,11 +38,12 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Reference:
-    """Model folders, token sequences and what Hugging Face says of them."""
+    """Model folders, token sequences, what Hugging Face says of them, and the configs as it saves them."""
 
     folders: dict[str, Path]
     sequences: list[list[int]]
     log_probs: dict[str, list[np.ndarray]]
+    saved: Path
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
         make_tiny_qwen3_moe(root / "moe_tied", tie_word_embeddings=True, num_experts=8, **size),
         make_tiny_qwen3(root / "dense", **size),
         make_tiny_qwen3(root / "dense_tied", tie_word_embeddings=True, **size),
+        make_tiny(root / "qwen2", "qwen2", tie_word_embeddings=True, **size),
+        make_tiny(root / "qwen2_moe", "qwen2_moe", **size),
+        make_tiny(root / "mixtral_moe", "mixtral", **size),
+        make_tiny(root / "llama", "llama", tie_word_embeddings=True, **size),
+        make_tiny(root / "llama_plain", "llama", rope_scaling=None, head_dim=None, **size),
     ]
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, VOCABULARY, length).tolist() for length in LENGTHS]
-    return Reference({f.name: f for f in folders}, sequences, hf_log_probs(folders, sequences, root / "scratch"))
+    log_probs = hf_log_probs(folders, sequences, root / "scratch")
+    return Reference({f.name: f for f in folders}, sequences, log_probs, root / "scratch" / "saved")
 
 
 def megatron_logits(
@@ -148,12 +156,36 @@ def test_log_probabilities_equal_hugging_faces(reference: Reference, layout: str
     assert max(differences.values()) < TOLERANCE, differences
 
 
-@pytest.mark.parametrize("field, value", [("rope_theta", 2e4), ("rms_norm_eps", 1e-2), ("norm_topk_prob", False)])
-def test_a_wrong_config_shows(reference: Reference, tmp_path: Path, field: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    "model, change",
+    [
+        ("moe", {"rope_theta": 2e4}),
+        ("moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}),
+        ("moe", {"rms_norm_eps": 1e-2}),
+        ("moe", {"norm_topk_prob": False}),
+        ("qwen2_moe", {"norm_topk_prob": True}),
+        ("mixtral_moe", {"rms_norm_eps": 1e-2}),
+        ("llama", {"rope_scaling": LLAMA3_ROPE | {"factor": 8.0}}),
+        ("llama", {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 4e5}}),
+        ("llama", {"rope_scaling": None}),
+    ],
+    ids=str,
+)
+def test_a_wrong_config_shows(reference: Reference, tmp_path: Path, model: str, change: dict[str, Any]) -> None:
     folder = tmp_path / "wrong"
-    shutil.copytree(reference.folders["moe"], folder)
+    shutil.copytree(reference.folders[model], folder)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("rope_parameters")
-    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    for name in ("rope_theta", "rope_scaling") if "rope_parameters" in change else ("rope_parameters",):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config | change))
     (answer,) = megatron_log_probs("1 rank", [folder], reference.sequences)
-    assert difference(answer, reference.log_probs["moe"]) > 100 * TOLERANCE
+    assert difference(answer, reference.log_probs[model]) > 100 * TOLERANCE
+
+
+def test_the_config_as_transformers_saves_it_means_the_same(reference: Reference) -> None:
+    for name, folder in reference.folders.items():
+        ours, saved = load_architecture(folder), load_architecture(reference.saved / name)
+        assert ours.transformer_config() == saved.transformer_config(), name
+        assert ours.rope_options == saved.rope_options, name
+        assert ours.vocab_size == saved.vocab_size, name
+        assert ours.tied_embeddings == saved.tied_embeddings, name

@@ -16,7 +16,7 @@ from megatron_vespo.algorithms.loss import Aggregation
 from megatron_vespo.algorithms.weights import KERNELS, VespoParams
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import microbatch_multiple
-from megatron_vespo.models.conversion import HfExporter
+from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy import head as head_module
 from megatron_vespo.policy import policy as policy_module
@@ -26,6 +26,7 @@ from megatron_vespo.types import FloatArray, Sample
 from tests.host_syncs import count_host_syncs
 from tests.policies import load_model, make_plan, make_policy, off_policy_samples
 from tests.ranks import run_ranks
+from tests.tiny_families import make_tiny
 from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
 
 VOCABULARY = 50  # padded to 64
@@ -86,6 +87,8 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
             "moe_router_dtype": "fp32",
         },
     ),
+    "shared expert TP2 SP EP2": (4, "shared_expert", TP_SP | EP),
+    "shared expert PP2": (2, "shared_expert", PP),
     "dense tied DP2": (2, "dense_tied", {}),
     "dense tied TP2": (2, "dense_tied", TP),
     "dense tied TP2 SP": (2, "dense_tied", TP_SP),
@@ -110,6 +113,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
         "moe": make_tiny_qwen3_moe(root / "moe", vocab_size=VOCABULARY, num_layers=4),
+        "shared_expert": make_tiny(root / "shared_expert", "qwen2_moe", vocab_size=VOCABULARY, num_layers=4),
         "dense_tied": make_tiny_qwen3(
             root / "dense_tied", vocab_size=VOCABULARY, num_layers=4, tie_word_embeddings=True
         ),

@@ -86,7 +86,7 @@ def push_generate_compare(tree: dict[str, Any]) -> list[float]:
         return differences
 
 
-@pytest.mark.parametrize("transport", ["disk", "broadcast"])
+@pytest.mark.parametrize("transport", ["disk", "broadcast", "delta"])
 def test_trainer_and_server_agree_after_every_push(sglang_server: SGLangServer, tmp_path: Path, transport: str) -> None:
     tree = make_tree(sglang_server, tmp_path, weight_sync={"transport": transport}, training={"steps": 6})
     for differences in run_ranks(2, push_generate_compare, tree, **tree["megatron"]):

@@ -13,7 +13,7 @@ WORDS = {"config", "config_file", "megatron_options", "types", "errors", "upstre
 PURE = {"algorithms", "batching", "rewards"}
 RUNTIME = {"platform", "parallel", "metrics"}
 POLICY = {"models", "policy"}
-ROLLOUT = {"data", "rollout", "sglang_cpu"}
+ROLLOUT = {"data", "rollout", "sglang_cpu", "sglang_weights"}
 MEETING = {"weight_sync", "evaluation"}
 
 # Part -> the parts of our package that it may import.

@@ -7,6 +7,7 @@ import torch
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.models.build import (
+    _ARCHITECTURE_FIELDS,
     build_model,
     ddp_config,
     optimizer_config,
@@ -14,6 +15,7 @@ from megatron_vespo.models.build import (
     transformer_config,
 )
 from megatron_vespo.models.registry import load_architecture
+from megatron_vespo.upstream import megatron_fields
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
 
@@ -91,6 +93,12 @@ def test_the_section_reaches_the_model(built: dict[str, Any]) -> None:
 def test_the_vocabulary_is_padded(built: dict[str, Any]) -> None:
     assert built["padded"] == [64, 64, 120, 128]
     assert built["embedding"] == (96, 32)
+
+
+def test_what_the_model_fixes_are_options_of_this_megatron() -> None:
+    known = megatron_fields()
+    assert known is not None
+    assert known >= _ARCHITECTURE_FIELDS
 
 
 def test_the_learning_rate_must_be_given() -> None:

@@ -4,6 +4,8 @@ import pytest
 
 from megatron_vespo.models.cost import sample_cost
 from megatron_vespo.models.registry import load_architecture
+from tests.tiny_deepseek import make_tiny_sigmoid_moe
+from tests.tiny_families import make_tiny
 from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
 
 
@@ -23,6 +25,25 @@ def test_moe_cost_counts_the_router_and_the_chosen_experts_only(tmp_path: Path) 
     projections = 32 * 64 + 2 * 32 * 32 + 64 * 32
     weights = 2 * (projections + 32 * 4 + 2 * 3 * 32 * 32) + 32 * 64
     assert cost(100) == 2 * weights * 100 + 2 * 2 * 64 * 100 * 100
+
+
+def test_shared_experts_work_on_every_token(tmp_path: Path) -> None:
+    # as above with heads of 8 and a shared expert of 48
+    cost = sample_cost(load_architecture(make_tiny(tmp_path, "qwen2_moe")))
+    projections = 32 * 32 + 2 * 32 * 16 + 32 * 32
+    weights = 2 * (projections + 32 * 4 + 3 * 32 * (2 * 32 + 48)) + 32 * 64
+    assert cost(100) == 2 * weights * 100 + 2 * 2 * 32 * 100 * 100
+
+
+def test_latent_attention_dense_layers_and_shared_experts_are_counted(tmp_path: Path) -> None:
+    # hidden 32, 1 dense layer and 2 with experts; heads: 4 of 12 + 8 for keys, of 10 for values; ranks 24 and 20
+    cost = sample_cost(load_architecture(make_tiny_sigmoid_moe(tmp_path, "deepseek_v3", num_layers=3)))
+    queries = 32 * 24 + 24 * 4 * 20
+    keys = 32 * (20 + 8) + 20 * 4 * (12 + 10)
+    dense, experts = 3 * 32 * 48, 32 * 8 + 3 * 32 * 16 * (4 + 2)
+    weights = 3 * (queries + keys + 4 * 10 * 32) + dense + 2 * experts + 32 * 64
+    for n in (1, 100):
+        assert cost(n) == 2 * weights * n + 3 * 4 * (20 + 10) * n * n
 
 
 def test_cost_of_a_30b_a3b_model(tmp_path: Path) -> None:

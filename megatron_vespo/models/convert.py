@@ -26,7 +26,7 @@ from megatron_vespo.models.torch_dist_files import (
     write_torch_dist,
     write_tracker,
 )
-from megatron_vespo.platform.collector import collector_spared
+from megatron_vespo.platform.collector import collector_paused
 
 Progress = Callable[[str, int, int], None]
 """(what is done, bytes done, bytes in all), once for each tensor."""
@@ -83,7 +83,7 @@ def hf_to_torch_dist(
     common = {"checkpoint_version": 3.0, "iteration": iteration or 0, "content_metadata": SCHEMES[0]}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(target) as temporary, collector_spared():
+        with atomic_folder(target) as temporary, collector_paused():
             folder = temporary / iteration_name(iteration)
             folder.mkdir()
             write_torch_dist(folder, parts, contents.objects, common, make, file_bytes)
@@ -125,7 +125,7 @@ def torch_dist_to_hf(
     written: dict[torch.dtype, int] = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(target) as temporary, collector_spared():
+        with atomic_folder(target) as temporary, collector_paused():
             copy_companions(companions, temporary)
             writer = HfWriter(temporary, shard_bytes)
             for tensors in _hf_tensors(contents, checkpoint, dtype):
@@ -157,7 +157,7 @@ def verify(hf: Path, megatron: Path, *, dtype: torch.dtype | None, written: str,
     contents = _contents(architecture, checkpoint)
     _check_hf(contents, architecture, reader)
     total, done = sum(part.numel for part in contents.parts), 0
-    with collector_spared():
+    with collector_paused():
         for part in contents.parts:
             ours = checkpoint.read(part)
             theirs = _read_hf(part, reader, _hf_dtype(part, reader, None))

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_write
+from megatron_vespo.models.archive import Archives
 from megatron_vespo.models.torch_dist import Part
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -79,6 +80,7 @@ class TorchDistReader:
     def __init__(self, folder: Path) -> None:
         self.folder = iteration_folder(folder)
         self._files: dict[str, IO[bytes]] = {}
+        self._archives = Archives()
         try:
             metadata = FileSystemReader(self.folder).read_metadata()
             self._storage: dict[MetadataIndex, Any] = metadata.storage_data
@@ -122,14 +124,14 @@ class TorchDistReader:
         return target.view(part.placement.shape)
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """A stored chunk. FileSystemReader reads it too, through a Python stream that costs twice torch.load itself."""
+        """A stored chunk."""
         try:
             info = self._storage[MetadataIndex(key, chunk.offsets)]
             file = self._files.get(info.relative_path)
             if file is None:
                 file = self._files[info.relative_path] = (self.folder / info.relative_path).open("rb")
             file.seek(info.offset)
-            return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            return self._archives.load(file.read(info.length), chunk.sizes, self.dtype(key))
         except _DAMAGE as error:
             raise UserError(
                 f"{self.folder}: {key} at {list(chunk.offsets)} cannot be read, a file is damaged or missing:"
@@ -180,13 +182,13 @@ def write_torch_dist(
     blobs = dict.fromkeys(objects, _pickled([None])) | {_COMMON_STATE: _pickled([common_state])}
     plans.append(SavePlan([_object_item(key, blob) for key, blob in blobs.items()]))
     plans, metadata = create_default_global_save_plan(plans)
-    queue = iter(parts)
+    queue, archives = iter(parts), Archives()
 
     def write(item: WriteItem, stream: IO[bytes]) -> None:
         if item.type == WriteItemType.BYTE_IO:
             stream.write(blobs[item.index.fqn])
         else:
-            torch.save(make(next(queue)[0]), stream)
+            archives.save(make(next(queue)[0]), stream)
 
     results = [_write_file(folder / f"__{number}_0.distcp", plan, write) for number, plan in enumerate(plans)]
     writer = FileSystemWriter(folder)

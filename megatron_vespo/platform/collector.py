@@ -20,13 +20,3 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def collector_spared() -> Iterator[None]:
-    """Let the collector leave alone what exists already, and sweep what comes after only."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

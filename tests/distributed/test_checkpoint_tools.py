@@ -277,7 +277,7 @@ def test_verify_finds_damage(
     shutil.copytree(checkpoints["dense"], tmp_path / "mg")
     damage(sorted((tmp_path / "mg" / "release").glob("__0_0.distcp"))[0])
     told = alone(partial(verify, dtype=None, written="megatron"), folders["dense"], tmp_path / "mg")
-    assert "differ in" in told if damage is flip else "the file is damaged" in told or "a file is damaged" in told, told
+    assert "differ in" in told if damage is flip else "a file is damaged" in told, told
 
     shutil.copytree(folders["dense"], tmp_path / "hf")
     damage(tmp_path / "hf" / "model.safetensors")

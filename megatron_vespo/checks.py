@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -77,10 +78,22 @@ def _evaluation_files(config: Config) -> dict[str, str]:
     return {f"data.evaluation.{name}": path for name, path in config.data.evaluation.items()}
 
 
+def _is_quantized(folder: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # whoever reads the architecture says what is wrong
+
+
 def _check_model(config: Config) -> None:
     folder = Path(config.model.hf_path)
     if not (folder / "config.json").is_file():
         raise UserError(f"model.hf_path: {folder / 'config.json'} not found; give a Hugging Face checkpoint folder")
+    if config.objective == "rl" and config.samples_from_server and _is_quantized(folder):
+        raise UserError(
+            f"model.hf_path: {folder} is quantized: SGLang would sample from quantized weights and be sent plain ones;"
+            " convert it with tools/hf_to_megatron.py --dtype bf16 and tools/megatron_to_hf.py, and use the result"
+        )
     if config.model.initialize == "hf" and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.hf_path: no *.safetensors in {folder}; give a checkpoint with weights, or set"

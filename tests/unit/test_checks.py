@@ -50,6 +50,12 @@ def test_a_checkpoint_without_weights_must_be_asked_for(tree: dict[str, Any], tm
     check_config(parse_config(tree), 1)
 
 
+def test_a_quantized_checkpoint_is_not_served(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model" / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    assert "is quantized" in refusal(parse_config(tree))
+    check_config(parse_config(tree | {"objective": "sft"}), 1)
+
+
 def test_a_layout_that_does_not_fit_names_the_field(tree: dict[str, Any]) -> None:
     tree["megatron"] = {"tensor_model_parallel_size": 2}
     message = refusal(parse_config(tree), 3)

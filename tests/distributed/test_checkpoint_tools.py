@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
@@ -30,6 +30,7 @@ from megatron_vespo.models.registry import load_architecture
 from tests.ranks import run_ranks
 from tests.tiny_deepseek import make_tiny_sigmoid_moe
 from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.weights import assert_bits_equal, read_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SMALL = {"vocab_size": 50, "num_layers": 4}  # vocabulary padded to 64 in the models, to 128 in checkpoints
@@ -41,8 +42,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2": (2, {"expert_model_parallel_size": 2}),
 }
 MODELS = ("moe", "dense", "tied", "deepseek")
-
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +81,6 @@ def checkpoints(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
     assert alone(convert) is None
     return {name: root / name for name in folders}
-
-
-def read_weights(folder: Path) -> Tensors:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_bits_equal(ours: Tensors, theirs: Tensors) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name], tensor), name
 
 
 def build(folder: Path, megatron: dict[str, Any]) -> Any:

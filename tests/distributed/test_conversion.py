@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vespo import parallel
@@ -24,6 +24,7 @@ from megatron_vespo.policy.checkpoint import save_hf
 from tests.ranks import run_ranks
 from tests.tiny_families import make_tiny
 from tests.tiny_models import make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.weights import Tensors, assert_bits_equal, read_weights
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
@@ -42,8 +43,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 BUCKETS = (1, 10_000, 2**30)
 SMALL = {"vocab_size": 50, "num_layers": 4}  # vocabulary padded to 64
-
-Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +87,6 @@ def stream_all(stream: HfExporter) -> tuple[Tensors, int]:
         tensors.update((name, tensor.clone()) for name, tensor in bucket)
         buckets += bool(bucket)
     return tensors, buckets
-
-
-def read_weights(folder: Path) -> Tensors:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_bits_equal(ours: Tensors, theirs: Tensors) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name], tensor), name
 
 
 # --- there and back ---

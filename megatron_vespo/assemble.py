@@ -86,7 +86,7 @@ def make_trainer(config: Config, architecture: Architecture) -> Trainer:
     exporter = HfExporter(chunks, architecture, config.weight_sync.bucket_megabytes * 2**20)
 
     def save(step: int) -> None:
-        save_hf(exporter, config.run_folder / "checkpoints" / f"step_{step:06d}", Path(model.hf_path))
+        save_hf(exporter, config.run_folder / "hf" / f"step_{step:06d}", Path(model.hf_path))
 
     return Trainer(policy, exporter, save)
 
@@ -106,7 +106,7 @@ def make_schedule(config: Config, architecture: Architecture) -> Schedule:
         training.max_tokens_per_microbatch,
         microbatch_multiple(config.megatron),
         sample_cost(architecture),
-        config.checkpoint.interval,
+        config.checkpoint.hf_interval,
     )
 
 

@@ -32,6 +32,12 @@ class RunSection(Section):
     """Seeds weights (random initialisation), prompt order and, through SGLang's random_seed, sampling."""
     overwrite: bool = False
     """Replace the run folder of an earlier run with this name."""
+    resume: Literal["never", "auto"] | int = "never"
+    """`auto` goes on from the newest checkpoint of this run, or starts it where there is none yet; a number goes on
+    from the checkpoint of that step; `never` starts a new run. The same as --resume."""
+    stuck_timeout: float = Field(default=1800.0, gt=0)
+    """Seconds that a rank may stay in one place of the loop before the job ends, naming the rank and the place. Longer
+    than the slowest rollout batch, evaluation or save."""
 
 
 class ModelSection(Section):
@@ -52,7 +58,18 @@ class ServerSection(Section):
 
     url: str | list[str] | None = None
     """Address of a running server, http://host:port, or a list of them: groups are spread over them, and all get every
-    push. They must serve the same architecture."""
+    push. They must serve the same architecture. One that does not answer is left out until it does."""
+    url_file: str | None = None
+    """Instead: a file with one address a line, read anew at every push. Servers join and leave by it."""
+    router: str | None = None
+    """Instead: address of an sglang-router. Requests go through it, weights to the workers that it names."""
+    balance: Literal["least_loaded", "round_robin"] = "least_loaded"
+    """Which of several servers gets the next group."""
+    hang_timeout: float = Field(default=60.0, gt=0)
+    """Seconds without any answer, while requests are in flight, after which a server's health is asked; one that does
+    not answer that either counts as dead."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Times that the run's own server is started again after it died or hung, without a finished step between."""
     python: str | None = None
     """Interpreter of SGLang's own environment; default: the trainer's."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -70,7 +87,15 @@ class ServerSection(Section):
             raise ValueError(f"url: {self.url} names a server twice")
         if self.url == []:
             raise ValueError("url: an empty list; leave it out for a server of the run's own")
+        named = [name for name in ("url", "url_file", "router") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)}: say in one way where the servers are")
         return self
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the run starts a server of its own."""
+        return self.url is None and self.url_file is None and self.router is None
 
     @property
     def urls(self) -> list[str]:
@@ -94,7 +119,15 @@ class RolloutSection(Section):
     stop_token_ids: list[int] = []
     """Token ids that end a response, besides the model's own end-of-sequence token."""
     max_staleness: int = Field(default=0, ge=0)
-    """Rollout batches that generation may run ahead of training. 0: synchronous."""
+    """S: rollout batches that generation may run ahead of training. 0: synchronous. No token is older than (S + 1) * N
+    - 1 optimizer steps when it is trained on, N being training.minibatches_per_step; that is asserted."""
+    over_sampling: float = Field(default=0.0, ge=0, le=1)
+    """Share of further prompts beside prompts_per_step that are sampled, so that a batch need not wait for its longest
+    responses: it takes the groups finished first, a group passed over is waited for in a later batch. Short responses
+    come first, so that batches are biased towards them."""
+    filter_equal_groups: int = Field(default=0, ge=0)
+    """Most groups of a batch that are dropped because their rewards are all equal, so that further prompts take their
+    places (DAPO's dynamic sampling); beyond that number such groups are kept. 0: off."""
     behavior_logprobs: Literal["rollout", "recompute"] = "rollout"
     """mu: `rollout` is what SGLang reported when it sampled the token; `recompute` is the trainer's own forward pass
     over the fresh batch, which hides the mismatch between the engines."""
@@ -127,7 +160,14 @@ class RewardSection(Section):
     """The verifiable reward."""
 
     function: str = "exact_match"
-    """A built-in name, ``path/to/file.py:function`` or ``package.module:function``; called with a Sample."""
+    """A built-in name, ``path/to/file.py:function`` or ``package.module:function``; called with a Sample, in a worker
+    process."""
+    workers: int = Field(default=2, ge=1)
+    """Processes that score samples."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds that scoring one sample may take. Its worker is then killed, and the sample is not trained on."""
+    max_failed_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of a batch's samples that may fail to be scored (an exception, a crash, a timeout); more end the run."""
 
 
 class AlgorithmSection(Section):
@@ -161,6 +201,8 @@ class TrainingSection(Section):
     """Learning-rate schedule from megatron.lr to megatron.min_lr, in optimizer steps (Megatron's scheduler)."""
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
+    max_skipped_updates: int = Field(default=3, ge=0)
+    """Optimizer steps in a row that may be skipped because the gradient is NaN or infinite; one more ends the run."""
 
 
 class WeightSyncSection(Section):
@@ -172,7 +214,12 @@ class WeightSyncSection(Section):
     folder that the servers read."""
     bucket_megabytes: int = Field(default=512, ge=1)
     """Weights put together at a time; rank 0 holds up to three times as much while it receives, checks and sends."""
-    verify: Literal["checksum", "none"] = "checksum"
+    pause: Literal["retract", "in_place", "abort"] = "retract"
+    """What happens to requests in flight during a push. `retract`: they wait, their keys and values are computed anew
+    with the new weights, and every later token is exactly the new policy's. `abort`: the server gives back what they
+    have and they are sent again as continuations, exact too. `in_place`: they go on with the keys and values of the old
+    weights; cheapest, but their tokens are of neither policy alone, though log mu is still what they were sampled
+    with."""
     """`checksum` compares fingerprints of all tensors, taken from the trainer's and from the servers' memory, after
     every push; a mismatch is an error, or with `delta` a push of all weights. A server that changes weights on purpose
     (quantisation) needs `none`."""
@@ -193,10 +240,16 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
-    """Hugging Face folders written to ``checkpoints/``."""
+    """What is saved: checkpoints to resume from in ``checkpoints/``, Hugging Face folders in ``hf/``."""
 
     interval: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0: only after the last step."""
+    """Steps between checkpoints, the last step's included; 0: only when SIGTERM or SIGINT ends the run early."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    asynchronous: bool = False
+    """Write files while training goes on, for a copy of weights and optimizer state in host memory."""
+    hf_interval: int = Field(default=0, ge=0)
+    """Steps between Hugging Face folders; 0: only after the last step."""
 
 
 class LoggingSection(Section):

@@ -94,7 +94,7 @@ class Schedule:
         max_tokens_per_microbatch: Packing limit.
         microbatch_multiple: The number of microbatches is a multiple of this.
         cost: Time that a sequence of so many tokens takes, in any unit; it balances the ranks.
-        checkpoint_interval: Steps between checkpoints; 0: only after the last.
+        hf_interval: Steps between Hugging Face folders; 0: only after the last.
     """
 
     steps: int
@@ -102,7 +102,7 @@ class Schedule:
     max_tokens_per_microbatch: int
     microbatch_multiple: int
     cost: Callable[[int], float]
-    checkpoint_interval: int
+    hf_interval: int
 
     def plan(self, samples: Sequence[Sample]) -> MicrobatchPlan:
         """Microbatches of a minibatch for all data-parallel ranks."""
@@ -115,9 +115,9 @@ class Schedule:
             multiple_of=self.microbatch_multiple,
         )
 
-    def checkpoint_due(self, step: int) -> bool:
+    def hf_due(self, step: int) -> bool:
         """Whether to save after this step."""
-        return step == self.steps or bool(self.checkpoint_interval and step % self.checkpoint_interval == 0)
+        return step == self.steps or bool(self.hf_interval and step % self.hf_interval == 0)
 
 
 def train_rl(
@@ -162,7 +162,7 @@ def train_rl(
             with recorder.timed("evaluate"):
                 metrics.update(evaluator.run())
         recorder.record_step(progress.step, metrics, groups, log_w)
-        if schedule.checkpoint_due(progress.step):
+        if schedule.hf_due(progress.step):
             save(progress.step)
     return progress
 
@@ -184,7 +184,7 @@ def train_sft(
         metrics.update(supervised_metrics(minibatch, table))
         progress = replace(progress, step=progress.step + 1, policy_version=progress.policy_version + 1)
         recorder.record_step(progress.step, metrics)
-        if schedule.checkpoint_due(progress.step):
+        if schedule.hf_due(progress.step):
             save(progress.step)
     return progress
 

@@ -56,8 +56,10 @@ class Sample:
         weight_versions: Policy version that sampled each token, shape [R].
         finish_reason: ``stop``, ``length`` or ``abort``.
         text: The response as text, special tokens kept; for rewards and people, never tokenised again.
-        reward: Score of the response.
+        reward: Score of the response; 0 where it could not be scored.
         advantage: Set by ``algorithms.advantages`` once the group is complete.
+        reward_error: Why it could not be scored: the reward function failed, crashed or took too long. Such a sample
+            has advantage 0 and counts for nothing in its group. Empty otherwise.
     """
 
     prompt: Prompt
@@ -69,6 +71,7 @@ class Sample:
     text: str = ""
     reward: float = 0.0
     advantage: float = 0.0
+    reward_error: str = ""
 
     @property
     def name(self) -> str:

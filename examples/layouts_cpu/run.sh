@@ -8,4 +8,4 @@ config=examples/layouts_cpu/config.yaml
 "$python" -m megatron_vespo.launch --ranks 1 "$config"
 # The weights of the last checkpoint, so that the samples are off-policy: sampled 10 updates before.
 "$python" tools/compare_layouts.py --config "$config" --batch runs/layouts/rollouts/batch_000002.msgpack \
-    model.hf_path=runs/layouts/checkpoints/latest "$@"
+    model.hf_path=runs/layouts/hf/latest "$@"

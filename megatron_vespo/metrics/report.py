@@ -29,7 +29,8 @@ _PLACES = (
     ("metrics.jsonl", "metrics of every step"),
     ("learning_curve.png", "learning curve"),
     ("rollouts", "samples of every step"),
-    ("checkpoints", "checkpoints"),
+    ("checkpoints", "checkpoints to resume from"),
+    ("hf", "Hugging Face folders"),
     ("tensorboard", "TensorBoard events"),
     ("logs", "logs"),
 )

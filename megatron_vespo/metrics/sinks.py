@@ -125,6 +125,7 @@ def _rollout_record(step: int, sample: Sample, prompt_text: str, log_w: float | 
         "response": sample.text,
         "label": sample.prompt.label,
         "reward": _jsonable(sample.reward),
+        "reward_error": sample.reward_error,
         "advantage": _jsonable(sample.advantage),
         "log_w": _jsonable(log_w),
         "length": len(sample.response_ids),

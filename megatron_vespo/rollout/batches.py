@@ -20,7 +20,8 @@ from megatron_vespo.types import SampleGroup
 
 FORMAT = "megatron-vespo rollout batch"
 # Of the header and of the rows that codec makes; to be raised with any change that makes older files unreadable.
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
 
 _NAME = re.compile(r"batch_(\d+)\.msgpack")
 
@@ -106,10 +107,10 @@ def load_batch(path: Path | str) -> RolloutBatch:
         raise UserError(f"{path}: truncated, or not a rollout batch: {error}") from error
     if mark.format != FORMAT:
         raise UserError(f"{path}: this is not a rollout batch but {mark.format!r}")
-    if mark.version != VERSION:
+    if mark.version not in _READABLE:
         raise UserError(
-            f"{path}: a rollout batch of format version {mark.version}, while this Megatron-VESPO reads version"
-            f" {VERSION}; use the one that wrote it"
+            f"{path}: a rollout batch of format version {mark.version}, while this Megatron-VESPO reads versions"
+            f" up to {VERSION}; use the one that wrote it"
         )
     try:
         content = codec.unpack(data, _Content)

@@ -21,6 +21,7 @@ _SAMPLE_FIELDS = (
     "text",
     "reward",
     "advantage",
+    "reward_error",  # not in rows of version 1
 )
 _PROMPT_FIELDS = ("index", "input_ids", "label", "metadata")
 
@@ -85,7 +86,10 @@ def unpack[T](data: bytes, kind: type[T]) -> T:
 
 def _group(prompt_row: list[Any], sample_rows: list[list[Any]]) -> SampleGroup:
     prompt = Prompt(**dict(zip(_PROMPT_FIELDS, prompt_row, strict=True)))
-    samples = [Sample(prompt=prompt, **dict(zip(_SAMPLE_FIELDS, row, strict=True))) for row in sample_rows]
+    samples = []
+    for row in sample_rows:
+        fields = _SAMPLE_FIELDS[:-1] if len(row) == len(_SAMPLE_FIELDS) - 1 else _SAMPLE_FIELDS
+        samples.append(Sample(prompt=prompt, **dict(zip(fields, row, strict=True))))
     return SampleGroup(prompt, samples)
 
 

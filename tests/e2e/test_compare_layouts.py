@@ -147,7 +147,7 @@ def test_the_example(tmp_path: Path) -> None:
     run(str(example / "task.py"), str(tmp_path / "data"))
     inputs = [f"model.hf_path={tmp_path}/data/model", f"data.train={tmp_path}/data/prompts.jsonl"]
     run("-m", "megatron_vespo.launch", config, *inputs, f"run.folder={tmp_path}")
-    latest = f"model.hf_path={tmp_path}/layouts/checkpoints/latest"
+    latest = f"model.hf_path={tmp_path}/layouts/hf/latest"
     batch = tmp_path / "layouts" / "rollouts" / "batch_000002.msgpack"
     table = tmp_path / "table.json"
     arguments = ["--config", config, "--batch", str(batch), "--layouts", "dp2", "--json", str(table), latest]

@@ -46,7 +46,7 @@ def rl_overrides(folder: Path) -> list[str]:
     data = folder / "data"
     return [
         f"run.folder={folder}",
-        f"model.hf_path={folder / 'demo-sft' / 'checkpoints' / 'latest'}",
+        f"model.hf_path={folder / 'demo-sft' / 'hf' / 'latest'}",
         f"data.train={data / 'train.jsonl'}",
         f"data.evaluation={{heldout: {data / 'heldout.jsonl'}}}",
         "training.steps=2",
@@ -77,7 +77,7 @@ def reinforce(*overrides: str) -> int:
 
 
 def test_every_transport_gives_the_same_run(folder: Path) -> None:
-    model = folder / "demo-sft" / "checkpoints" / "latest"
+    model = folder / "demo-sft" / "hf" / "latest"
     args = {"enable_deterministic_inference": True, "context_length": 64, "max_total_tokens": 16384}
     runs: dict[str, list[RolloutBatch]] = {}
     with SGLangServer(model, folder / "deterministic.log", args=args) as server:

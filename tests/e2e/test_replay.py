@@ -31,7 +31,7 @@ def metrics_of(folder: Path, name: str) -> list[dict[str, float]]:
 
 def weights_of(folder: Path, name: str) -> dict[str, np.ndarray]:
     """The trained weights of a run."""
-    files = list((folder / "runs" / name / "checkpoints" / "latest").glob("*.safetensors"))
+    files = list((folder / "runs" / name / "hf" / "latest").glob("*.safetensors"))
     assert files
     return {name: weight for file in files for name, weight in load_file(file).items()}
 

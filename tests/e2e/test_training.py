@@ -105,7 +105,7 @@ def write_config(folder: Path, tree: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("behavior", ["rollout", "recompute"])
 def test_a_run_leaves_what_it_promises(sglang_server: SGLangServer, tmp_path: Path, behavior: str) -> None:
-    path = write_config(tmp_path, make_tree(sglang_server, tmp_path, checkpoint={"interval": 1}))
+    path = write_config(tmp_path, make_tree(sglang_server, tmp_path, checkpoint={"hf_interval": 1}))
     arguments = [f"rollout.behavior_logprobs={behavior}", "weight_sync.transport=disk"]
     assert run_main_on_ranks(2, path, arguments) == [0, 0]
     folder = tmp_path / "runs" / "run"
@@ -122,7 +122,7 @@ def test_a_run_leaves_what_it_promises(sglang_server: SGLangServer, tmp_path: Pa
         assert step["rollout/staleness_max"] == 1  # N = 2: at most N - 1 updates old, and that is reached
     assert records.values[2]["train/policy_version"] == 4
     assert "eval/held/accuracy" in records.values[0] and "eval/held/accuracy" in records.values[2]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_000001", "step_000002"]
+    assert sorted(path.name for path in (folder / "hf").iterdir()) == ["latest", "step_000001", "step_000002"]
     assert not (folder / "weights").exists()  # the disk transport cleans up
 
 
@@ -159,7 +159,7 @@ def test_bad_input_is_one_clear_error(
     errors = [line for line in printed.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and message in errors[0], printed
     assert "Traceback" not in printed
-    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+    assert not (tmp_path / "runs" / "run" / "hf").exists()
     sglang_server.check_alive()  # a server that is not the run's own is left alone
 
 

@@ -91,6 +91,7 @@ def test_rollouts(tmp_path: Path) -> None:
         "response": "Cé",
         "label": "C",
         "reward": 1.0,
+        "reward_error": "",
         "advantage": 0.5,
         "log_w": 0.25,
         "length": 2,

@@ -220,6 +220,7 @@ class WeightSyncSection(Section):
     have and they are sent again as continuations, exact too. `in_place`: they go on with the keys and values of the old
     weights; cheapest, but their tokens are of neither policy alone, though log mu is still what they were sampled
     with."""
+    verify: Literal["checksum", "none"] = "checksum"
     """`checksum` compares fingerprints of all tensors, taken from the trainer's and from the servers' memory, after
     every push; a mismatch is an error, or with `delta` a push of all weights. A server that changes weights on purpose
     (quantisation) needs `none`."""

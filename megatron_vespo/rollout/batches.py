@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
+from megatron_vespo import codec
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_write
-from megatron_vespo.rollout import codec
 from megatron_vespo.types import SampleGroup
 
 FORMAT = "megatron-vespo rollout batch"

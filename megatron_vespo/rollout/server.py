@@ -6,7 +6,6 @@ imports meanwhile.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
@@ -22,7 +21,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_vespo.errors import UserError
-from megatron_vespo.rollout import guard
+from megatron_vespo.guard import guarded
 from megatron_vespo.rollout.server_args import DEVICES, build_command, build_environment
 from megatron_vespo.rollout.server_args import validate_server_args as validate_server_args
 
@@ -107,12 +106,10 @@ class SGLangServer:
         if not _port_is_free(self.host, self.port):
             raise UserError(f"port {self.port} on {self.host} is taken: choose another, or none to get a free one")
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        # -I -S: the guard needs the standard library only, and starts in milliseconds.
-        guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(self._stop_grace), *self._command]
         with self.log_file.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                guarded,
+                guarded(self._command, self._stop_grace),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_vespo.rollout import codec
+from megatron_vespo import codec
 from megatron_vespo.rollout.engine import RolloutEngine
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.types import Prompt, SampleGroup

@@ -1,6 +1,5 @@
 """The guard with shells instead of servers."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,11 +7,11 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_vespo.rollout import guard
+from megatron_vespo import guard
 
 
 def start(command: list[str], grace: float = 0.5) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(grace), *command])
+    return subprocess.Popen(guard.guarded(command, grace))
 
 
 def wait_for(file: Path) -> str:

@@ -1,8 +1,8 @@
 """Runs one command that cannot outlive its owner: ``python guard.py OWNER_PID GRACE_SECONDS COMMAND...``.
 
 Run as a script of its own, standard library only, so that it is up in milliseconds. The guard stays between the
-owner and the command because SGLang's children ask to die with their parent only after seconds of imports: whoever
-merely executes the command leaves orphans when the owner is killed during start-up.
+owner and the command because SGLang's children ask to die with their parent only after seconds of imports, and what a
+reward function starts never does: whoever merely executes the command leaves orphans when the owner is killed.
 
 - The kernel tells the guard when its owner dies, SIGKILL included. That signal is tied to the thread that started
   the guard, so it is believed only where the owner is really gone.
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +26,16 @@ PR_SET_CHILD_SUBREAPER = 36
 OWNER_DIED = signal.SIGHUP
 STOP = (signal.SIGTERM, signal.SIGINT)
 WATCHED = (OWNER_DIED, *STOP, signal.SIGCHLD)
+
+
+def guarded(command: Sequence[str], grace: float) -> list[str]:
+    """The command line that runs ``command`` under a guard of this process.
+
+    Args:
+        command: What to run.
+        grace: Seconds between SIGTERM, which the guard passes on, and SIGKILL.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(grace), *command]
 
 
 def main(argv: list[str]) -> int:

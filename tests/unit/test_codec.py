@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_groups import assert_same_groups, groups
 
+from megatron_vespo import codec
 from megatron_vespo.errors import UserError
-from megatron_vespo.rollout import codec
 from megatron_vespo.types import Prompt, Sample, SampleGroup
+from tests.unit.rollout.sample_groups import assert_same_groups, groups
 
 
 @given(st.lists(groups(), max_size=3))

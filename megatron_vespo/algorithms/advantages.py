@@ -79,17 +79,20 @@ def group_normalized(groups: Sequence[SampleGroup], params: GroupNormalizedParam
 
     std is the sample standard deviation (divisor n - 1), torch.std's default and so what TRL and verl compute; eps is
     verl's. A group whose rewards are all equal gets 0.0 exactly, and so does a group of one sample, which has nothing
-    to be compared with (verl keeps the bare reward there).
+    to be compared with (verl keeps the bare reward there). A sample that could not be scored (``reward_error``) gets
+    0.0 exactly and counts for nothing in its group.
 
     Raises:
         UserError: A reward is not finite; names the sample.
     """
     for group in groups:
-        rewards = [sample.reward for sample in group.samples]
-        for sample in group.samples:
+        scored = [sample for sample in group.samples if not sample.reward_error]
+        for sample in scored:
             if not math.isfinite(sample.reward):
                 raise UserError(f"the reward of sample {sample.name} is {sample.reward}; rewards must be finite")
-        for sample, advantage in zip(group.samples, _normalize(rewards, params), strict=True):
+        for sample in group.samples:
+            sample.advantage = 0.0
+        for sample, advantage in zip(scored, _normalize([sample.reward for sample in scored], params), strict=True):
             sample.advantage = advantage
 
 

@@ -16,14 +16,16 @@ Table = Mapping[str, np.ndarray]
 
 
 def rollout_metrics(groups: Sequence[SampleGroup]) -> Values:
-    """The ``rollout/...`` metrics of a rollout batch."""
+    """The ``rollout/...`` metrics of a rollout batch. Samples that could not be scored have no part in the rewards'."""
     samples = [sample for group in groups for sample in group.samples]
-    rewards = np.array([sample.reward for sample in samples])
+    rewards = np.array([sample.reward for sample in samples if not sample.reward_error])
     lengths = np.array([len(sample.response_ids) for sample in samples])
-    equal = [len({sample.reward for sample in group.samples}) == 1 for group in groups]
+    # A group of which none could be scored has no learning signal either.
+    equal = [len({sample.reward for sample in group.samples if not sample.reward_error}) <= 1 for group in groups]
     return {
-        "rollout/reward_mean": float(rewards.mean()),
-        "rollout/reward_std": float(rewards.std()),
+        "rollout/reward_mean": float(rewards.mean()) if len(rewards) else None,
+        "rollout/reward_std": float(rewards.std()) if len(rewards) else None,
+        "rollout/reward_failed_share": _failed_share(samples),
         "rollout/response_length_mean": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
@@ -71,10 +73,18 @@ def supervised_metrics(samples: Sequence[Sample], table: Table) -> Values:
 
 
 def evaluation_metrics(name: str, groups: Sequence[SampleGroup]) -> Values:
-    """The ``eval/<set>/...`` metrics; accuracy is the mean over prompts and their samples (avg@k)."""
+    """The ``eval/<set>/...`` metrics; accuracy is the mean over prompts and their samples (avg@k).
+
+    A sample that could not be scored counts as reward 0, so that sets stay comparable.
+    """
     samples = [sample for group in groups for sample in group.samples]
     return {
-        f"eval/{name}/accuracy": float(np.mean([sample.reward for sample in samples])),
+        f"eval/{name}/accuracy": float(np.mean([0.0 if sample.reward_error else sample.reward for sample in samples])),
+        f"eval/{name}/reward_failed_share": _failed_share(samples),
         f"eval/{name}/response_length_mean": float(np.mean([len(sample.response_ids) for sample in samples])),
         f"eval/{name}/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
     }
+
+
+def _failed_share(samples: Sequence[Sample]) -> float:
+    return float(np.mean([bool(sample.reward_error) for sample in samples]))

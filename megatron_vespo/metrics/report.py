@@ -147,6 +147,12 @@ def _warnings(records: Records) -> list[str]:
     equal = recent("rollout/equal_reward_share")
     if equal is not None and equal > 0.9:
         warnings.append(f"{equal:.0%} of the groups have equal rewards, which give no gradient: too easy or too hard.")
+    failed = recent("rollout/reward_failed_share")
+    if failed:
+        warnings.append(
+            f"{failed:.1%} of the samples could not be scored and were not learned from; rollouts/ says why "
+            "(reward_error)."
+        )
     infinite = recent("vespo/log_w_infinite_share")
     if infinite:
         warnings.append(f"{infinite:.1%} of the samples have an infinite log W and are dropped.")

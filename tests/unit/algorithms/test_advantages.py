@@ -1,4 +1,6 @@
+import itertools
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -51,6 +53,44 @@ def test_without_std() -> None:
 @pytest.mark.parametrize("size", [1, 3, 7, 10])
 def test_equal_rewards_give_exactly_zero(reward: float, size: int, normalize_std: bool) -> None:
     assert advantages([reward] * size, GroupNormalizedParams(normalize_std)) == [0.0] * size
+
+
+REWARDS = st.floats(-100, 100, width=16)
+
+
+@given(st.lists(st.tuples(REWARDS, st.booleans()), max_size=12), st.booleans())
+def test_what_could_not_be_scored_is_as_if_it_were_not_there(
+    outcomes: list[tuple[float, bool]], normalize_std: bool
+) -> None:
+    params = GroupNormalizedParams(normalize_std)
+    result = group([reward for reward, _ in outcomes])
+    for sample, (_, failed) in zip(result.samples, outcomes, strict=True):
+        if failed:
+            sample.reward_error = "took too long"
+    group_normalized([result], params)
+    assert [s.advantage for s in result.samples if s.reward_error] == [0.0] * sum(failed for _, failed in outcomes)
+    scored = [reward for reward, failed in outcomes if not failed]
+    assert [s.advantage for s in result.samples if not s.reward_error] == advantages(scored, params)
+    if len(scored) < 2:
+        assert all(sample.advantage == 0.0 for sample in result.samples)
+
+
+@given(st.lists(REWARDS, min_size=2, max_size=12), st.randoms())
+def test_advantages_sum_to_zero_and_follow_the_rewards(rewards: list[float], random: Random) -> None:
+    order = list(range(len(rewards)))
+    random.shuffle(order)
+    found = advantages(rewards)
+    assert math.fsum(found) == pytest.approx(0, abs=1e-9)
+    assert advantages([rewards[i] for i in order]) == pytest.approx([found[i] for i in order], rel=1e-9, abs=1e-9)
+    for (r, a), (s, b) in itertools.combinations(zip(rewards, found, strict=True), 2):
+        assert (a < b) == (r < s)
+
+
+def test_a_failed_samples_reward_is_not_looked_at() -> None:
+    result = group([math.nan, 0.0, 1.0])
+    result.samples[0].reward_error = "returned nan"
+    group_normalized([result], GroupNormalizedParams(normalize_std=False))
+    assert [sample.advantage for sample in result.samples] == [0.0, -0.5, 0.5]
 
 
 def test_groups_are_independent() -> None:

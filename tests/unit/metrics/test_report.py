@@ -101,11 +101,13 @@ def test_supervised_runs_show_loss_and_accuracy(tmp_path: Path) -> None:
 
 def test_a_run_that_cannot_learn_says_why(tmp_path: Path) -> None:
     bad = {"vespo/phi_mean": 0.03, "rollout/equal_reward_share": 0.95, "vespo/log_w_infinite_share": 0.01}
+    bad["rollout/reward_failed_share"] = 0.125
     write(tmp_path, [{"step": s, **bad, "rollout/truncated_share": 0.8} for s in (1, 2)])
     write_report(tmp_path)
     text = (tmp_path / "summary.md").read_text()
     for expected in ("Mean phi is 0.030", "95% of the groups", "1.0% of the samples", "80% of the responses"):
         assert expected in text
+    assert "12.5% of the samples could not be scored" in text
 
 
 def test_no_metrics_file(tmp_path: Path) -> None:

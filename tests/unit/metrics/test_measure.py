@@ -1,0 +1,47 @@
+import math
+
+import numpy as np
+import pytest
+
+from megatron_vespo.metrics.measure import evaluation_metrics, rollout_metrics
+from megatron_vespo.metrics.registry import StepMetrics
+from megatron_vespo.types import Prompt, Sample, SampleGroup
+
+
+def group(*rewards: float | None) -> SampleGroup:
+    """None: could not be scored."""
+    prompt = Prompt(0, np.array([1], np.int32))
+    samples = []
+    for index, reward in enumerate(rewards):
+        ids = np.arange(index + 1, dtype=np.int32)
+        sample = Sample(prompt, index, ids, ids.astype(np.float32), ids, "length" if index else "stop")
+        sample.reward, sample.reward_error = (0.0, "took too long") if reward is None else (reward, "")
+        samples.append(sample)
+    return SampleGroup(prompt, samples)
+
+
+def test_rewards_of_a_batch_are_those_of_its_scored_samples() -> None:
+    values = rollout_metrics([group(1.0, 2.0, None), group(1.0, None, 1.0), group(None, None, 4.0)])
+    assert values["rollout/reward_mean"] == pytest.approx(9 / 5)
+    assert values["rollout/reward_std"] == pytest.approx(math.sqrt(6.8 / 5))
+    assert values["rollout/reward_failed_share"] == pytest.approx(4 / 9)
+    assert values["rollout/equal_reward_share"] == pytest.approx(2 / 3)
+    # Lengths are of all samples.
+    assert values["rollout/response_length_mean"] == 2
+    assert values["rollout/response_length_max"] == 3
+    assert values["rollout/truncated_share"] == pytest.approx(2 / 3)
+    StepMetrics().update(values)  # all names are declared
+
+
+def test_a_batch_without_a_scored_sample_has_no_reward() -> None:
+    values = rollout_metrics([group(None, None)])
+    assert values["rollout/reward_mean"] is values["rollout/reward_std"] is None
+    assert values["rollout/reward_failed_share"] == values["rollout/equal_reward_share"] == 1.0
+
+
+def test_held_out_samples_that_failed_count_as_zero() -> None:
+    values = evaluation_metrics("test", [group(1.0, None), group(1.0, 0.0)])
+    assert values["eval/test/accuracy"] == 0.5
+    assert values["eval/test/reward_failed_share"] == 0.25
+    assert values["eval/test/response_length_mean"] == 1.5
+    StepMetrics().update(values)

@@ -187,7 +187,7 @@ class WorkerProcess(asyncio.Protocol):
             try:
                 self._receive(content)
             except (msgspec.DecodeError, KeyError):
-                self._lose("wrote into the connection of its process", timed_out=False, culprit=self._marked())
+                self._lose("wrote into the connection of its process", culprit=self._marked())
 
     def _receive(self, content: bytes) -> None:
         if not self._ready.done():
@@ -202,9 +202,7 @@ class WorkerProcess(asyncio.Protocol):
         if not self._ready.done():
             self._ready.set_result(Ready(error=f"its process {_describe_status(status)}; {self._tail()}"))
         elif not self._stopped:
-            self._lose(
-                f"took its process down, which {_describe_status(status)}", timed_out=False, culprit=self._marked()
-            )
+            self._lose(f"took its process down, which {_describe_status(status)}", culprit=self._marked())
         self._output.close()
         self._mark.close()
         self.ended.set_result(None)
@@ -230,7 +228,7 @@ class WorkerProcess(asyncio.Protocol):
     def _marked(self) -> Job | None:
         return self.jobs.get(self._mark.read()[0])
 
-    def _lose(self, reason: str, *, timed_out: bool, culprit: Job | None) -> None:
+    def _lose(self, reason: str, *, timed_out: bool = False, culprit: Job | None) -> None:
         self.stop()
         self._lost(self, Loss(reason, timed_out, culprit))
 

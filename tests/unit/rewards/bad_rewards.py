@@ -45,6 +45,7 @@ DEEDS = {
     "": lambda: None,
     "spin": spin,
     "sleep": lambda: time.sleep(1000),
+    "nap": lambda: time.sleep(0.4),
     "deaf": hang_deaf,
     "raise": fail,
     "exit": leave,

@@ -18,12 +18,14 @@ import pytest
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.rewards.failures import RewardCounts, RewardFailure
+from megatron_vespo.rewards.loader import load_reward
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.types import Prompt, Sample
 
 Start = Callable[..., RewardPool]
 Outcome = float | BaseException
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 TASK = Path(__file__).with_name("bad_rewards.py")
 
 
@@ -101,7 +103,7 @@ def test_what_goes_wrong_costs_one_sample(start: Start, text: str, message: str)
     pool = start("task.py:misbehave", timeout=0.3)
     begin = time.monotonic()
     outcomes = score(pool, [make_sample(1), make_sample(2, text), make_sample(3), make_sample(4)])
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 10
     assert messages(outcomes[1:2]) == [message]
     assert [outcomes[i] for i in (0, 2, 3)] == [1.0, 3.0, 4.0]
     timed_out, crashed = "longer" in message, "process" in message
@@ -110,10 +112,21 @@ def test_what_goes_wrong_costs_one_sample(start: Start, text: str, message: str)
     assert pool.take_counts() == RewardCounts()
 
 
+def test_the_time_counts_from_when_a_worker_begins(start: Start) -> None:
+    pool = start("task.py:misbehave", timeout=1.0)
+    naps = [make_sample(i, "nap") for i in range(4)]
+    begin = time.monotonic()
+    outcomes = score(pool, [*naps, make_sample(4, "spin")])
+    assert outcomes[:4] == [0.0, 1.0, 2.0, 3.0]  # though the last one waited longer than that
+    assert messages(outcomes[4:]) == ["took longer than reward.timeout=1 s"]
+    assert 2.5 < time.monotonic() - begin < 4.5  # 4.6 if the worker did not say when it began
+
+
 def test_output_and_forks_do_not_disturb_the_protocol(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     pool = start("task.py:misbehave")
     texts = ["print", "fork", "print", "", "fork"]
     assert score(pool, [make_sample(i, text) for i, text in enumerate(texts)]) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert pool.take_counts() == RewardCounts(scored=5)
     pool.close()
     out, err = capfd.readouterr()
     assert out == ""
@@ -153,6 +166,19 @@ def test_a_sample_arrives_whole(start: Start) -> None:
     assert score(start("task.py:is_whole"), [Sample(prompt, 3, *arrays, "length", "text")]) == [1.0]
 
 
+@pytest.mark.parametrize("task", sorted(path.parent.name for path in EXAMPLES.glob("*/task.py")))
+def test_the_rewards_of_the_examples_run(start: Start, task: str) -> None:
+    spec = f"{EXAMPLES}/{task}/task.py:reward"
+    wrong, right = make_sample(1), make_sample(2)
+    for sample in (wrong, right):
+        sample.prompt.label = "1"
+    right.response_ids = np.array([3, 11, 1, 12], np.int32)  # 3 # 1 <eos>
+    reward = load_reward(spec)
+    outcomes = score(start(spec), [wrong, right])
+    assert outcomes == [reward(wrong), reward(right)]
+    assert outcomes[0] != outcomes[1]
+
+
 def test_metadata_that_cannot_be_sent_is_the_users_error(start: Start) -> None:
     sample = make_sample(1)
     sample.prompt.metadata["checker"] = object()
@@ -160,10 +186,12 @@ def test_metadata_that_cannot_be_sent_is_the_users_error(start: Start) -> None:
     assert isinstance(outcome, UserError) and "metadata" in str(outcome)
 
 
-def test_the_worker_sees_the_trainers_surroundings(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_sees_the_trainers_surroundings(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", "/of/the/trainer")
     monkeypatch.setattr(sys, "path", ["/somewhere/first", *sys.path])
-    with Path(os.devnull).open() as file:
+    with (tmp_path / "of the trainer").open("w") as file:
         os.set_inheritable(file.fileno(), True)
         pool = start("task.py:evaluate")
         questions = [
@@ -174,8 +202,7 @@ def test_the_worker_sees_the_trainers_surroundings(start: Start, monkeypatch: py
             "threading.current_thread() is threading.main_thread()",
             "os.getsid(0) != " + str(os.getsid(0)),
             "sys.stdin.read() == ''",
-            f"all(not os.path.exists(f'/proc/self/fd/{{n}}') for n in [{file.fileno()}] if n > 9) or "
-            f"'null' not in os.readlink('/proc/self/fd/{file.fileno()}')",
+            "not any('of the trainer' in os.path.realpath(file) for file in Path('/proc/self/fd').iterdir())",
             # The connection, the mark and the log are not for what the function starts.
             "subprocess.run('ls -l /proc/self/fd', shell=True, close_fds=False, capture_output=True)"
             ".stdout.count(b'socket') == 0",
@@ -226,7 +253,7 @@ def test_coroutines_run_at_once(start: Start, function: str) -> None:
     pool = start(f"task.py:{function}")
     begin = time.monotonic()
     assert score(pool, [make_sample(i) for i in range(100)]) == [float(i) for i in range(100)]
-    assert time.monotonic() - begin < 2  # 10 s one after the other
+    assert time.monotonic() - begin < 5  # 10 s one after the other
 
 
 def test_awaitables_of_ordinary_functions(start: Start) -> None:
@@ -236,9 +263,9 @@ def test_awaitables_of_ordinary_functions(start: Start) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("spin", "took longer than reward.timeout=0.5 s"),
-        ("await", "took longer than reward.timeout=0.5 s"),
-        ("swallow", "took longer than reward.timeout=0.5 s"),
+        ("spin", "took longer than reward.timeout=1 s"),
+        ("await", "took longer than reward.timeout=1 s"),
+        ("swallow", "took longer than reward.timeout=1 s"),
         ("raise", f"ValueError: no judge {line_of('raise ValueError("no judge")')}"),
         ("timeout", f"TimeoutError: of the judge {line_of('raise TimeoutError("of the judge")')}"),
         ("exit", f"SystemExit: 4 {line_of('sys.exit(4)')}"),
@@ -246,17 +273,17 @@ def test_awaitables_of_ordinary_functions(start: Start) -> None:
         ("thread", "took its process down, which ended with exit status 1"),
     ],
 )
-def test_one_coroutine_among_a_hundred(start: Start, text: str, message: str) -> None:
-    pool = start("task.py:remote", workers=2, timeout=0.5)
-    samples = [make_sample(i, text if i == 50 else "") for i in range(100)]
+def test_one_coroutine_among_forty(start: Start, text: str, message: str) -> None:
+    pool = start("task.py:remote", timeout=1.0)
+    samples = [make_sample(i, text if i == 20 else "") for i in range(40)]
     outcomes = score(pool, samples)
-    assert messages(outcomes[50:51]) == [message]
-    del outcomes[50]
-    assert outcomes == [float(i) for i in range(100) if i != 50]
-    restarts = {"spin": 1, "_exit": 1, "swallow": 1, "thread": 3}.get(text, 0)
-    wait_until(lambda: pool._counts.restarts == restarts)
+    assert messages(outcomes[20:21]) == [message]
+    del outcomes[20]
+    assert outcomes == [float(i) for i in range(40) if i != 20]
+    assert score(pool, [make_sample(1)]) == [1.0]  # by the process that replaced the first one, if one did
     counts = pool.take_counts()
-    assert (counts.scored, counts.failed + counts.timed_out + counts.crashed) == (99, 1)
+    assert (counts.scored, counts.failed + counts.timed_out + counts.crashed) == (40, 1)
+    assert counts.restarts == {"spin": 1, "_exit": 1, "swallow": 1, "thread": 3}.get(text, 0)
 
 
 @pytest.mark.parametrize(

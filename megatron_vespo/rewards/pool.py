@@ -120,10 +120,19 @@ class RewardPool:
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._starting.add(task)
-        task.add_done_callback(self._starting.discard)
+        task.add_done_callback(self._started)
         return task
 
+    def _started(self, task: asyncio.Task[None]) -> None:
+        self._starting.discard(task)
+        error = task.exception()
+        # What nobody reckoned with must not leave samples waiting for ever.
+        if isinstance(error, Exception) and not isinstance(error, WorkerNotReadyError):
+            self._refuse(error)
+
     async def _start_worker(self) -> None:
+        if self._refusal is not None:
+            raise WorkerNotReadyError(str(self._refusal))
         worker = WorkerProcess(self._spec, self._timeout, self._answered, self._lost)
         worker.spawn()
         self._workers.add(worker)

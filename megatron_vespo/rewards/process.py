@@ -127,7 +127,7 @@ class WorkerProcess(asyncio.Protocol):
         log = os.dup(2)
         of_the_worker.callback(os.close, log)
         self._mark = Mark(mark)
-        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in connection_lost
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in wait_ready
         descriptors = (theirs.fileno(), mark, log)
         command = [sys.executable, "-P", "-m", WORKER_MODULE, self._spec, *map(str, descriptors)]
         self._process = subprocess.Popen(
@@ -146,20 +146,23 @@ class WorkerProcess(asyncio.Protocol):
         Raises:
             WorkerNotReadyError: it could not, or died before.
         """
+        with self._output:
+            ready = await self._connect()
+            if ready.error:
+                self.stop()
+                raise WorkerNotReadyError(ready.error)
+            sys.stderr.write(self._read_output())
+        self._capacity = ready.capacity
+        self._watch()
+
+    async def _connect(self) -> Ready:
         self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=self._socket)
         self._transport.write(encode(Setup(sys.path, os.environ.get("PYTHONPATH"), self._timeout)))
         try:
             async with asyncio.timeout(READY_SECONDS):
-                ready = await self._ready
+                return await self._ready
         except TimeoutError:
-            self.stop()
-            raise WorkerNotReadyError(f"it did not get ready in {READY_SECONDS:g} s; {self._tail()}") from None
-        if ready.error:
-            self.stop()
-            raise WorkerNotReadyError(ready.error)
-        sys.stderr.write(self._read_output())
-        self._capacity = ready.capacity
-        self._watch()
+            return Ready(error=f"it did not get ready in {READY_SECONDS:g} s; {self._tail()}")
 
     def has_room_for(self, job: Job) -> bool:
         """Whether this sample may be sent now."""
@@ -203,7 +206,6 @@ class WorkerProcess(asyncio.Protocol):
             self._ready.set_result(Ready(error=f"its process {_describe_status(status)}; {self._tail()}"))
         elif not self._stopped:
             self._lose(f"took its process down, which {_describe_status(status)}", culprit=self._marked())
-        self._output.close()
         self._mark.close()
         self.ended.set_result(None)
 
@@ -230,7 +232,8 @@ class WorkerProcess(asyncio.Protocol):
 
     def _lose(self, reason: str, *, timed_out: bool = False, culprit: Job | None) -> None:
         self.stop()
-        self._lost(self, Loss(reason, timed_out, culprit))
+        if self._ready.done():  # otherwise it never began to work, and whoever waits for that hears of it
+            self._lost(self, Loss(reason, timed_out, culprit))
 
     def _read_output(self) -> str:
         self._output.seek(0)

@@ -234,6 +234,20 @@ def test_close_from_another_thread_ends_what_is_in_flight(start: Start) -> None:
     assert [str(outcome) for outcome in outcomes] == ["the reward pool was closed"] * 3
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.1])
+def test_close_while_a_worker_is_replaced(start: Start, delay: float) -> None:
+    pool = start("task.py:misbehave", workers=2)
+
+    async def crash_and_close() -> None:
+        with pytest.raises(RewardFailure):
+            await pool.score(make_sample(1, "_exit"))
+        await asyncio.sleep(delay)
+        pool.close()
+
+    asyncio.run(crash_and_close())
+    assert not [child for child in processes() if "megatron_vespo.rewards.worker" in child.cmdline()]
+
+
 def test_a_cancelled_sample_is_not_scored(start: Start) -> None:
     pool = start("task.py:misbehave", timeout=1.0)
 

@@ -8,9 +8,11 @@ fast as torch.save and torch.load, which take 0.1 and 0.2 ms a tensor.
 from __future__ import annotations
 
 import io
-from typing import IO
+from typing import IO, cast
 
 import torch
+
+from megatron_vespo.checkpoint_folder import Writable
 
 # The writer adds them itself.
 _OWN_RECORDS = ("version", ".data/serialization_id")
@@ -26,11 +28,11 @@ class Archives:
     def __init__(self) -> None:
         self._known: dict[tuple[torch.Size, torch.dtype], dict[str, bytes]] = {}
 
-    def save(self, tensor: torch.Tensor, stream: IO[bytes]) -> None:
+    def save(self, tensor: torch.Tensor, stream: Writable) -> None:
         """What ``torch.save(tensor, stream)`` writes for a contiguous tensor, byte for byte."""
         tensor = tensor.detach().contiguous()
         data = tensor.reshape(-1).view(torch.uint8).numpy()
-        writer = torch._C.PyTorchFileWriter(stream)
+        writer = torch._C.PyTorchFileWriter(cast(IO[bytes], stream))  # it only writes
         for name, content in self._records(tensor.shape, tensor.dtype).items():
             if name == _DATA:
                 writer.write_record(name, data.tobytes(), len(data))

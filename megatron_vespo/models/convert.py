@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_vespo.checkpoint_folder import TRACKER, iteration_name, write_tracker
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_folder
 from megatron_vespo.models.conversion import check_source, check_unread, read_into, some
@@ -19,13 +20,7 @@ from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader, HfWriter, copy_companions
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.models.torch_dist import SCHEMES, Contents, Part, TorchDistModel
-from megatron_vespo.models.torch_dist_files import (
-    TRACKER,
-    TorchDistReader,
-    iteration_name,
-    write_torch_dist,
-    write_tracker,
-)
+from megatron_vespo.models.torch_dist_files import TorchDistReader, write_torch_dist
 from megatron_vespo.platform.collector import collector_paused
 
 Progress = Callable[[str, int, int], None]

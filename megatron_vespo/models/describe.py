@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from megatron_vespo import parallel  # noqa: F401 - prepares Megatron, which the next imports need
+from megatron_vespo.checkpoint_folder import TRACKER
 from megatron_vespo.errors import UserError
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.models.safetensors_file import SafetensorsFile
-from megatron_vespo.models.torch_dist_files import TRACKER, TorchDistReader
+from megatron_vespo.models.torch_dist_files import TorchDistReader
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config, save_config
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -29,21 +28,21 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_vespo.checkpoint_folder import (
+    RELEASE,
+    TRACKER,
+    ChecksummedWriter,
+    FileRecord,
+    Writable,
+    iteration_name,
+)
 from megatron_vespo.errors import UserError
-from megatron_vespo.files import atomic_write
+from megatron_vespo.files import naming
 from megatron_vespo.models.archive import Archives
 from megatron_vespo.models.torch_dist import Part
+from megatron_vespo.models.untrusted import DAMAGE, first_line, read_metadata
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 _COMMON_STATE = "common_state/shard_0_1"
-# What reading a damaged file raises in torch.load and torch.distributed.checkpoint.
-_DAMAGE = (RuntimeError, ValueError, KeyError, EOFError, OSError, AssertionError, AttributeError, pickle.PickleError)
-
-
-def iteration_name(iteration: int | None) -> str:
-    """Name of the folder of an iteration; None is a release: weights without an optimizer to go on with."""
-    return RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
 def iteration_folder(folder: Path) -> Path:
@@ -81,14 +80,11 @@ class TorchDistReader:
         self.folder = iteration_folder(folder)
         self._files: dict[str, IO[bytes]] = {}
         self._archives = Archives()
-        try:
-            metadata = FileSystemReader(self.folder).read_metadata()
-            self._storage: dict[MetadataIndex, Any] = metadata.storage_data
-            entries = metadata.state_dict_metadata
-            self.tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-            self.objects = [key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
-        except _DAMAGE as error:
-            raise UserError(f"{self.folder / '.metadata'}: cannot be read: {_first_line(error)}") from error
+        metadata = read_metadata(self.folder)
+        self._storage: dict[MetadataIndex, Any] = metadata.storage_data
+        entries = metadata.state_dict_metadata
+        self.tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        self.objects = [key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
         self._chunks: dict[str, tuple[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]]] = {}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -132,10 +128,10 @@ class TorchDistReader:
                 file = self._files[info.relative_path] = (self.folder / info.relative_path).open("rb")
             file.seek(info.offset)
             return self._archives.load(file.read(info.length), chunk.sizes, self.dtype(key))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise UserError(
                 f"{self.folder}: {key} at {list(chunk.offsets)} cannot be read, a file is damaged or missing:"
-                f" {_first_line(error)}"
+                f" {first_line(error)}"
             ) from error
 
     def _candidates(self, part: Part) -> Sequence[ChunkStorageMetadata]:
@@ -184,38 +180,48 @@ def write_torch_dist(
     plans, metadata = create_default_global_save_plan(plans)
     queue, archives = iter(parts), Archives()
 
-    def write(item: WriteItem, stream: IO[bytes]) -> None:
+    def write(item: WriteItem, stream: Writable) -> None:
         if item.type == WriteItemType.BYTE_IO:
             stream.write(blobs[item.index.fqn])
         else:
             archives.save(make(next(queue)[0]), stream)
 
-    results = [_write_file(folder / f"__{number}_0.distcp", plan, write) for number, plan in enumerate(plans)]
+    results = [write_file(folder / f"__{number}_0.distcp", plan.items, write)[0] for number, plan in enumerate(plans)]
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(is_coordinator=True)
     writer.finish(metadata, results)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
-def _write_file(path: Path, plan: SavePlan, write: Callable[[WriteItem, IO[bytes]], None]) -> list[WriteResult]:
-    """Write the items one behind the other."""
+def write_file(
+    path: Path, items: Sequence[WriteItem], write: Callable[[WriteItem, Writable], None]
+) -> tuple[list[WriteResult], FileRecord]:
+    """Write items one behind the other, and make the file survive a power cut.
+
+    Args:
+        path: File to make.
+        items: What to write, in this order.
+        write: Writes an item.
+
+    Returns:
+        Where the items lie, for ``.metadata``, and the record of the file.
+
+    Raises:
+        OSError: Writing failed; it names the file.
+    """
     results = []
-    with path.open("wb") as stream:
-        start = 0
-        for item in plan.items:
+    with naming(path), path.open("wb") as file:
+        stream = ChecksummedWriter(file)
+        for item in items:
+            start = stream.size
             write(item, stream)
-            stop = stream.tell()
+            stream.check()
             # The format's record of where an item lies: .metadata pickles this very class.
-            results.append(WriteResult(item.index, stop - start, _StorageInfo(path.name, start, stop - start)))
-            start = stop
-        stream.flush()
-        os.fsync(stream.fileno())
-    return results
-
-
-def write_tracker(folder: Path, iteration: int | None) -> None:
-    """Say which checkpoint in ``folder`` is the newest."""
-    atomic_write(folder / TRACKER, RELEASE if iteration is None else str(iteration))
+            info = _StorageInfo(path.name, start, stream.size - start)
+            results.append(WriteResult(item.index, info.length, info))
+        file.flush()
+        os.fsync(file.fileno())
+    return results, stream.record
 
 
 def _in_files(
@@ -249,7 +255,3 @@ def _pickled(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -9,7 +9,18 @@ import pytest
 PACKAGE = "megatron_vespo"
 ROOT = Path(__file__).parents[2]
 
-WORDS = {"config", "config_file", "megatron_options", "types", "errors", "upstream", "files", "codec", "guard"}
+WORDS = {
+    "config",
+    "config_file",
+    "megatron_options",
+    "types",
+    "errors",
+    "upstream",
+    "files",
+    "codec",
+    "guard",
+    "checkpoint_folder",
+}
 PURE = {"algorithms", "batching", "rewards"}
 RUNTIME = {"platform", "parallel", "metrics"}
 POLICY = {"models", "policy"}

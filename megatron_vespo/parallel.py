@@ -43,6 +43,11 @@ def initialize(megatron: dict[str, Any], seed: int, *, timeout_minutes: float = 
     sizes = {name: megatron[name] for name in _SIZES if name in megatron}
     sizes.setdefault("expert_tensor_parallel_size", DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE)
     mpu.initialize_model_parallel(**sizes)
+    seed_random(seed)
+
+
+def seed_random(seed: int) -> None:
+    """Seed torch and Megatron's random streams, the latter differently on each tensor-parallel rank and stage."""
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 
@@ -85,6 +90,18 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which talks to SGLang, to files and to people."""
     return rank() == 0
+
+
+def layout() -> dict[str, int]:
+    """What says which part of the model and of the samples each rank holds."""
+    return {
+        "ranks": world_size(),
+        "tensor_parallel": tensor_parallel_size(),
+        "pipeline_parallel": mpu.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "expert_parallel": expert_parallel_size(),
+        "expert_tensor_parallel": expert_tensor_parallel_size(),
+    }
 
 
 def data_parallel_rank() -> int:
@@ -163,6 +180,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_true(here: bool | torch.Tensor) -> bool:
+    """Whether it holds on every rank; the same answer everywhere."""
+    holds = torch.as_tensor(here, device=platform.device()).float()
+    dist.all_reduce(holds, dist.ReduceOp.MIN)
+    return bool(holds.item())
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()
@@ -172,6 +196,13 @@ def gather_objects(value: Any) -> list[Any]:
     """Values of all ranks, in rank order, on every rank."""
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def gather_on_main(value: Any) -> list[Any] | None:
+    """Values of all ranks, in rank order, on rank 0; None elsewhere."""
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
     return values
 
 

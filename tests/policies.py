@@ -33,7 +33,14 @@ def load_model(folder: Path, megatron: dict[str, Any], layer_spec: str = "local"
     return chunks
 
 
-def make_policy(folder: Path, megatron: dict[str, Any], temperature: float = 1.0, layer_spec: str = "local") -> Policy:
+def make_policy(
+    folder: Path,
+    megatron: dict[str, Any],
+    temperature: float = 1.0,
+    layer_spec: str = "local",
+    warmup_steps: int = 0,
+    decay_style: str = "constant",
+) -> Policy:
     """A policy with these weights on this rank."""
     megatron = OPTIMIZER | megatron
     return Policy(
@@ -41,8 +48,8 @@ def make_policy(folder: Path, megatron: dict[str, Any], temperature: float = 1.0
         ddp_config=ddp_config(megatron),
         optimizer_config=optimizer_config(megatron),
         total_steps=10,
-        warmup_steps=0,
-        decay_style="constant",
+        warmup_steps=warmup_steps,
+        decay_style=decay_style,
         vocab_size=load_architecture(folder).vocab_size,
         temperature=temperature,
         alignment=megatron.get("tensor_model_parallel_size", 1),

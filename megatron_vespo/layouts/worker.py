@@ -34,6 +34,8 @@ def measure(work: Work) -> tuple[HfExporter, Outcome]:
         samples, plan.ranks[parallel.data_parallel_rank()], algorithm.objective(samples)
     )
     result = trainer.policy.optim_step()
+    if result.skipped:
+        raise UserError(f"the gradient of the batch is not finite: its norm is {result.grad_norm}")
     outcome = Outcome(
         table={name: column.tolist() for name, column in table.items()},
         metrics=minibatch_metrics(samples, table, work.batch.policy_version),

@@ -139,7 +139,8 @@ def optimizer_config(section: dict[str, Any]) -> OptimizerConfig:
     """OptimizerConfig from the ``megatron:`` section; ``lr`` must be there."""
     if section.get("lr") is None:
         raise UserError("megatron.lr: missing; set the learning rate")
-    return _construct(OptimizerConfig, {"params_dtype": _dtype(section), **_typed(OptimizerConfig, section)})
+    values = {"params_dtype": _dtype(section), "min_lr": 0.0, **_typed(OptimizerConfig, section)}
+    return _construct(OptimizerConfig, values)
 
 
 def ddp_config(section: dict[str, Any]) -> DistributedDataParallelConfig:

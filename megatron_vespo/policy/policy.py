@@ -8,6 +8,7 @@ metric needs a reduction of its own, none depends on the layout, and the host wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -28,7 +29,7 @@ from megatron_vespo.errors import UserError
 from megatron_vespo.policy.head import log_prob_head
 from megatron_vespo.policy.logprobs import TokenLogProbs
 from megatron_vespo.policy.objectives import NONFINITE, Objective
-from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler
+from megatron_vespo.policy.optimizer import Optimizer, build_optimizer, build_scheduler, mark_experts
 from megatron_vespo.policy.packing import PackedBatch, pack
 from megatron_vespo.policy.router_losses import take_router_losses
 from megatron_vespo.types import FloatArray, Sample
@@ -44,14 +45,16 @@ class StepResult:
     """What an optimizer step did.
 
     Attributes:
-        grad_norm: Norm of the whole gradient before clipping.
+        grad_norm: Norm of the whole gradient before clipping; NaN where loss scaling found an overflow.
         learning_rate: Rate that was applied.
         router_losses: Auxiliary losses of the routers that are on, by name, without their coefficients.
+        skipped: The gradient is not finite; weights, optimizer and schedule are as before. The same on every rank.
     """
 
     grad_norm: float
     learning_rate: float
     router_losses: dict[str, float]
+    skipped: bool
 
 
 class Policy:
@@ -85,6 +88,7 @@ class Policy:
         """
         config = chunks[0].config
         self.chunks = chunks
+        mark_experts(chunks)
         self._ddp = [
             DistributedDataParallel(
                 config,
@@ -95,7 +99,7 @@ class Policy:
             )
             for number, chunk in enumerate(chunks)
         ]
-        self._optimizer: MegatronOptimizer = build_optimizer(optimizer_config, self._ddp)
+        self._optimizer: Optimizer = build_optimizer(optimizer_config, self._ddp)
         self._scheduler: OptimizerParamScheduler = build_scheduler(
             self._optimizer,
             optimizer_config,
@@ -174,22 +178,42 @@ class Policy:
         return list(np.split(values, ends[:-1]))
 
     def optim_step(self) -> StepResult:
-        """Clip, step the optimizer, then the schedule.
-
-        Raises:
-            UserError: The gradient is not finite; the weights are as before.
-        """
+        """Clip, step the optimizer, then the schedule; nothing, as Megatron-LM, where the gradient is not finite."""
         learning_rate = self._optimizer.param_groups[0]["lr"]
-        # step() computes the norm again, but by then it changes the weights, whatever the norm is.
-        self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
-        if not np.isfinite(norm):
-            raise UserError(f"the gradient norm is {norm}; the weights are as before this step: lower megatron.lr")
         successful, grad_norm, _ = self._optimizer.step()
-        if not successful:
-            raise UserError("the optimizer refused the step; lower megatron.lr")
-        self._scheduler.step(1)
-        return StepResult(float(grad_norm), learning_rate, self._router_losses)
+        if successful:
+            self._scheduler.step(1)
+        norm = math.nan if grad_norm is None else float(grad_norm)
+        return StepResult(norm, learning_rate, self._router_losses, skipped=not successful)
+
+    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+        """Weights, optimizer and schedule as Megatron-LM's checkpoints name them.
+
+        Args:
+            metadata: Megatron's name for the ways of saving; it is changed.
+            is_loading: Whether to load into it.
+        """
+        names = ["model"] if len(self.chunks) == 1 else [f"model{number}" for number in range(len(self.chunks))]
+        model = {
+            name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)
+        }
+        return {
+            **model,
+            "optimizer": self._optimizer.sharded_state_dict(model, is_loading, metadata=metadata),
+            "opt_param_scheduler": self._scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what was loaded into ``sharded_state_dict()``.
+
+        The configuration rules, except over the number of steps taken: a run can be made longer, or its rate lower.
+        """
+        models = [state[name] for name in sorted(state) if name.startswith("model")]
+        for chunk, model in zip(self.chunks, models, strict=True):
+            chunk.load_state_dict(model)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.num_steps = 0
+        self._scheduler.step(state["opt_param_scheduler"]["num_steps"])
 
     def _run(
         self,

@@ -168,16 +168,6 @@ class Manifest:
         files = {name: asdict(record) for name, record in sorted(self.files.items())}
         atomic_write(folder / MANIFEST, json.dumps({"layout": self.layout, "files": files}, indent=1) + "\n")
 
-    def check_names(self) -> None:
-        """Make sure that all files lie in the folder.
-
-        Raises:
-            UserError: One does not.
-        """
-        for name in self.files:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"{MANIFEST} names {name!r}, which is no file of the checkpoint")
-
     @property
     def run_files(self) -> list[str]:
         """Names of the files of the run's state."""
@@ -205,17 +195,20 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: It is missing or damaged; names the file.
+        UserError: It is missing or damaged, or names files that lie elsewhere; it names the file.
     """
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        return Manifest(content["layout"], files)
+        manifest = Manifest(content["layout"], {name: FileRecord(**entry) for name, entry in content["files"].items()})
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not complete: {MANIFEST} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged") from error
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path} names {name!r}, which is no file of the checkpoint")
+    return manifest
 
 
 # --- appearing and disappearing ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import microbatch_multiple
 from megatron_vespo.policy.checkpoints import Checkpoints
 from megatron_vespo.policy.objectives import NextToken, denominators
@@ -110,3 +111,36 @@ def _go_on(
         loss, result = update(policy, samples, megatron)
         figures += [loss, result.grad_norm]
     return state_of(policy) | draw(), figures
+
+
+def message(function: Callable[[], Any]) -> str:
+    """What the user is told, or nothing."""
+    try:
+        function()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def save_three(model: Path, samples: list[Sample], folder: Path, megatron: dict[str, Any]) -> list[State]:
+    """Checkpoints 1, 2 and 3 with what they hold."""
+    policy = make_policy(model, megatron)
+    checkpoints, states = checkpoints_of(policy, folder, keep=3), []
+    for iteration in (1, 2, 3):
+        update(policy, samples, megatron)
+        checkpoints.save(iteration, {"run_state": b"%d" % iteration})
+        states.append(state_of(policy))
+    return states
+
+
+def load(model: Path, folder: Path, iteration: int | None = None, megatron: dict[str, Any] | None = None) -> Any:
+    """What is told, and the state and iteration after loading."""
+    policy = make_policy(model, megatron or {})
+    loaded = None
+
+    def load() -> None:
+        nonlocal loaded
+        loaded = checkpoints_of(policy, folder).load(iteration)
+
+    told = message(load)
+    return told, loaded and loaded.iteration, state_of(policy)

@@ -37,6 +37,7 @@ _CONTENT = {
 }
 """Megatron-LM's names for a way of saving that loads at any layout (megatron/training/checkpointing.py:468)."""
 _RANDOM = "random_state"
+_HINT = " (model.hf_path, dtype and megatron.use_distributed_optimizer must be those that saved it)"
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,10 @@ class Checkpoints:
         folder = self._folder / iteration_name(number)
         try:
             manifest = self._verified(folder)
-            same = manifest.layout == parallel.layout()
-            self._load(folder, number, with_random_state=same)
         except UserError as error:
             raise UserError(f"{error}; {checkpoint_folder.way_out(self._folder, number)}") from error
+        same = manifest.layout == parallel.layout()
+        self._load(folder, with_random_state=same)
         if not same:
             reseed(self._seed, number)
         files = {name: (folder / checkpoint_folder.RUN_FILES / name).read_bytes() for name in manifest.run_files}
@@ -199,14 +200,18 @@ class Checkpoints:
 
     def _verified(self, folder: Path) -> Manifest:
         """Every file is as it was written, and nothing in them runs code; each rank reads its share of the files."""
-        parallel.on_main(lambda: read_manifest(folder).check_names())
-        manifest = read_manifest(folder)
-        names = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-        _agree(manifest.damage(folder, names[parallel.rank() :: parallel.world_size()]))
+        manifest, damage = Manifest({}, {}), ""
+        try:
+            manifest = read_manifest(folder)
+            names = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+            damage = manifest.damage(folder, names[parallel.rank() :: parallel.world_size()])
+        except UserError as error:
+            damage = str(error)
+        _agree(damage)
         parallel.on_main(lambda: check_objects(folder))
         return manifest
 
-    def _load(self, folder: Path, number: int, *, with_random_state: bool) -> None:
+    def _load(self, folder: Path, *, with_random_state: bool) -> None:
         failure: BaseException | None = None
         try:
             state = self._policy.sharded_state_dict(dict(_CONTENT), is_loading=True)
@@ -220,9 +225,7 @@ class Checkpoints:
         except (CheckpointingException, CheckpointException, *DAMAGE) as error:
             failure = error
         try:
-            _agree(
-                "" if failure is None else f"{folder} does not fit this run's model and optimizer: {_reason(failure)}"
-            )
+            _agree("" if failure is None else f"{folder} does not fit this run: {_reason(failure)}{_HINT}")
         except UserError as error:
             raise error from failure
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
-from megatron_vespo.files import atomic_write
 from megatron_vespo.megatron_options import check_megatron_options, data_parallel_size
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.server_args import validate_server_args
@@ -22,6 +20,8 @@ def check_config(config: Config, world_size: int) -> None:
     """
     check_megatron_options(config.megatron)
     _check_ranks(config, world_size)
+    if config.objective == "rollout" and config.run.resume != "never":
+        raise UserError("run.resume: objective rollout saves no checkpoints to go on from; leave it out")
     if config.samples_from_server and config.rollout.server.python is None:
         validate_server_args(config.sglang)
     _check_model(config)
@@ -99,31 +99,6 @@ def _check_model(config: Config) -> None:
             f"model.hf_path: no *.safetensors in {folder}; give a checkpoint with weights, or set"
             " model.initialize=random"
         )
-
-
-def check_run_folder(config: Config) -> None:
-    """Refuse to write into an earlier run.
-
-    Raises:
-        UserError: A run of that name is there and ``run.overwrite`` is off.
-    """
-    folder = config.run_folder
-    if folder.exists() and any(folder.iterdir()) and not config.run.overwrite:
-        raise UserError(f"{folder} exists; choose another run.name, or set run.overwrite=true to replace it")
-
-
-def prepare_run_folder(config: Config, resolved: str) -> None:
-    """Make the run folder, in place of an earlier one if that may be, with the resolved configuration in it.
-
-    Raises:
-        UserError: As ``check_run_folder``.
-    """
-    check_run_folder(config)
-    folder = config.run_folder
-    if folder.exists():
-        shutil.rmtree(folder)
-    (folder / "logs").mkdir(parents=True)
-    atomic_write(folder / "config.yaml", resolved)
 
 
 def describe_layout(config: Config, world_size: int) -> str:

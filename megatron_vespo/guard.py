@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     for number in WATCHED:
         signal.signal(number, signal.SIG_DFL)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    _prctl(PR_SET_PDEATHSIG, OWNER_DIED)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, OWNER_DIED)
     if os.getppid() != owner:  # it died before we asked to be told
         return 1
     child = _spawn(command)
@@ -57,7 +57,8 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def _prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int) -> None:
+    """Change a property of this process; Linux's system call of that name."""
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
@@ -68,7 +69,7 @@ def _spawn(command: list[str]) -> int:
     if child:
         return child
     os.setpgid(0, 0)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guard:
         os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)  # a blocked signal would stay blocked across exec

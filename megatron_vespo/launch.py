@@ -8,50 +8,117 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_vespo.checks import check_config, check_run_folder
+from megatron_vespo.checks import check_config
+from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
 from megatron_vespo.errors import UserError
-from megatron_vespo.train import make_parser
+from megatron_vespo.logs import error_file, report_once, reporting_rank
+from megatron_vespo.processes import children, how_it_ended
+from megatron_vespo.run_folder import check_run_folder, refuse_if_locked
+from megatron_vespo.stopping import StopRequest
+from megatron_vespo.train import all_overrides, make_parser
+
+if TYPE_CHECKING:  # torch is slow to import, and a wrong configuration is told before
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+# What is likely behind a signal that nobody sent.
+_HINTS = {
+    signal.SIGKILL: "unless somebody sent that, the machine ran out of memory: see `dmesg`",
+    signal.SIGSEGV: "a crash in compiled code: the log ends with the Python stack",
+    signal.SIGABRT: "a failed check in compiled code: the log ends with the Python stack",
+    signal.SIGBUS: "shared memory or the disk may be full: see `df -h /dev/shm`",
+}
+
+# Seconds that ranks get to leave when they are ended, before they are killed.
+_SHUTDOWN_SECONDS = 10
+
+
+class RankFailure(NamedTuple):
+    """The rank that failed first, and its exit status; that of a rank killed by a signal is the signal's, negative."""
+
+    rank: int
+    status: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Launch a run.
 
     Returns:
-        Exit status: 0, or that of the rank that failed first.
+        Exit status: 0, also if the run was asked to stop and did so in order; or that of the rank that failed first,
+        128 and the signal's number if a signal ended it.
     """
     parser = make_parser("python -m megatron_vespo.launch")
     parser.add_argument("--ranks", type=int, default=1, help="trainer processes on this node (GPUs, on a GPU node)")
     options = parser.parse_args(arguments)
+    overrides = all_overrides(options)
+    stop = StopRequest(pass_on)
+    stop.install()
     try:
-        config = load_config(options.config, options.overrides)
+        config = load_config(options.config, overrides)
         check_config(config, options.ranks)
+        refuse_if_locked(config.run_folder)
         check_run_folder(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    failure = launch_ranks(options.ranks, ["-m", "megatron_vespo.train", options.config, *options.overrides])
+    # This attempt's error is still to come.
+    error_file(config.run_folder / "logs").unlink(missing_ok=True)
+    rank_arguments = ["-m", "megatron_vespo.train", options.config, *overrides]
+    failure = launch_ranks(options.ranks, rank_arguments, stop=stop)
     if failure is None:
         return 0
-    rank, status = failure
-    print(f"rank {rank} failed with exit status {status}", file=sys.stderr)  # noqa: T201
-    return status if status > 0 else 1
+    _report(failure, config, stop)
+    return failure.status if failure.status > 0 else 128 - failure.status
 
 
-def launch_ranks(ranks: int, arguments: Sequence[str], log_folder: Path | None = None) -> tuple[int, int] | None:
+def pass_on() -> None:
+    """Hand the first request to stop on to the ranks, which have sessions of their own."""
+    ranks = children(os.getpid())
+    if not ranks:
+        raise SystemExit(128 + signal.SIGTERM)
+    for pid in ranks:
+        os.kill(pid, signal.SIGTERM)
+
+
+def _report(failure: RankFailure, config: Config, stop: StopRequest) -> None:
+    """Say how the first rank ended, and why, as far as it has not said so itself."""
+    logs = config.run_folder / "logs"
+    # Of ranks that fail in one second the engine does not know which was first, but that one has told.
+    rank = reporting_rank(logs) if failure.status > 0 else None
+    rank = failure.rank if rank is None else rank
+    ended = f"rank {rank} {how_it_ended(failure.status)}"
+    log = f"its log: {logs / f'rank_{rank}.log'}"
+    if stop.requested and failure.status == 128 + signal.SIGTERM:
+        print("stopped before the first step", file=sys.stderr)  # noqa: T201
+    elif failure.status > 0:
+        print(f"{ended}; {log}", file=sys.stderr)  # noqa: T201
+    else:
+        hint = _HINTS.get(signal.Signals(-failure.status))
+        message = "; ".join(part for part in (ended, hint, log) if part)
+        if not report_once(logs, "launcher", message):
+            print(ended, file=sys.stderr)  # noqa: T201
+
+
+def launch_ranks(
+    ranks: int, arguments: Sequence[str], log_folder: Path | None = None, stop: StopRequest | None = None
+) -> RankFailure | None:
     """Run ``python ARGUMENTS`` on ranks of this node, by torchrun's own engine, and wait for them.
 
     Args:
         ranks: Number of processes.
         arguments: Command line of each, after the interpreter.
         log_folder: Keeps what the ranks print, as ``*/*/<rank>/stdout.log`` and ``stderr.log``; default: it is shown.
+        stop: Handles the signals that ask to stop, and defers them from now on: the ranks get the time that they need.
+            Default: the engine ends the ranks at such a signal, and kills them half a minute later.
 
     Returns:
-        None, or the rank that failed first and its exit status.
+        None, or the rank that failed first.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -76,12 +143,31 @@ def launch_ranks(ranks: int, arguments: Sequence[str], log_folder: Path | None =
             redirects=Std.NONE if log_folder is None else Std.ALL,
         ),
     )
+    if stop is not None:
+        config.signals_to_handle = "SIGQUIT"
+        config.shutdown_timeout = _SHUTDOWN_SECONDS
+        stop.defer()
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return rank, failure.exitcode
+        return _first(error.failures)
     return None
+
+
+def _first(failures: Mapping[int, ProcessFailure]) -> RankFailure:
+    """The failure that others are consequences of.
+
+    Their times are whole seconds, in which a rank that was killed has long broken the connections of others; so a rank
+    that was killed comes before one that failed, and last come those that the engine ended itself, by SIGTERM.
+    """
+
+    def order(rank: int) -> tuple[int, int, int]:
+        status = failures[rank].exitcode
+        kind = 2 if status in (-signal.SIGTERM, 128 + signal.SIGTERM) else int(status > 0)
+        return failures[rank].timestamp, kind, rank
+
+    first = min(failures, key=order)
+    return RankFailure(first, failures[first].exitcode)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,20 @@ def reports_samples() -> bool:
     return is_last_stage() and tensor_parallel_rank() == 0
 
 
+def separate_store(name: str) -> dist.Store:
+    """The job's key-value store over a connection of its own: a thread may wait for it beside what the main one does.
+
+    Args:
+        name: Comes before the keys.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its ranks
+    if world_size() == 1:
+        return dist.PrefixStore(name, dist.HashStore())
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, timeout=timedelta(minutes=1), wait_for_workers=False)
+    return dist.PrefixStore(f"{name}/{attempt}", store)
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks, in place."""
     dist.all_reduce(tensor)
@@ -185,6 +199,11 @@ def all_true(here: bool | torch.Tensor) -> bool:
     holds = torch.as_tensor(here, device=platform.device()).float()
     dist.all_reduce(holds, dist.ReduceOp.MIN)
     return bool(holds.item())
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer on all of them. A collective."""
+    return not all_true(not flag)
 
 
 def barrier() -> None:

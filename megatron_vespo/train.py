@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import FrameType
 
-from megatron_vespo.checks import check_config, describe_layout, prepare_run_folder
+from megatron_vespo import guard
+from megatron_vespo.checks import check_config, describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import describe_config, dump_config, load_config
 from megatron_vespo.errors import UserError
-from megatron_vespo.logs import RankLog
+from megatron_vespo.logs import RankLog, report_once
+from megatron_vespo.processes import a_local_rank_is_gone
 from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.run_folder import check_run_folder, locked, prepare_run_folder
+from megatron_vespo.stopping import StopRequest, announce_stop
+
+# Seconds that a rank gets to close what is open after an error. The others may hang in a collective with it meanwhile.
+_UNWIND_SECONDS = 20
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -28,14 +37,21 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of the file; YAML value")
+    parser.add_argument("--resume", metavar="auto|never|STEP", help="the same as run.resume=...")
     return parser
+
+
+def all_overrides(options: argparse.Namespace) -> list[str]:
+    """The overrides of a command line, those that have options of their own last, where they win."""
+    return options.overrides + ([] if options.resume is None else [f"run.resume={options.resume}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank.
 
     Returns:
-        Exit status: 0, or 1 after an error that the user can mend, which is printed as one line.
+        Exit status: 0, also if the run was asked to stop and did so in order; or 1 after an error, which one rank
+        prints.
     """
     options = make_parser("python -m megatron_vespo.train").parse_args(arguments)
     os.environ.setdefault("RANK", "0")
@@ -43,70 +59,94 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
-    signal.signal(signal.SIGTERM, _leave)
-    log = RankLog()
     main_rank = os.environ["RANK"] == "0"
-    try:
-        config = load_config(options.config, options.overrides)
-        check_config(config, int(os.environ["WORLD_SIZE"]))
-        if main_rank:
-            prepare_run_folder(config, dump_config(config))
-    except UserError as error:
-        if main_rank:  # the others find the same
-            _print_error(error)
-        return 1
-    try:
-        run(config, log)
-    except UserError as error:
-        _report(error, config)
-        return 1
+    stop = StopRequest(announce_stop if main_rank else lambda: None)
+    stop.install()
+    if _under_agent():
+        # The agent holds the job's key-value store: without it nothing goes on, and nobody would end us.
+        guard.prctl(guard.PR_SET_PDEATHSIG, signal.SIGKILL)
+    log = RankLog()
+    with ExitStack() as stack:
+        stack.callback(stop.uninstall)
+        try:
+            config = load_config(options.config, all_overrides(options))
+            check_config(config, int(os.environ["WORLD_SIZE"]))
+            if main_rank:
+                check_run_folder(config)
+                stack.enter_context(locked(config.run_folder))
+                prepare_run_folder(config, dump_config(config))
+        except UserError as error:
+            if main_rank:  # the others find the same
+                print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            return 1
+        try:
+            run(config, log, stop)
+        except Exception:  # noqa: BLE001 - it has been reported
+            return 1
     return 0
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM, from torchrun when another rank failed: unwind, so that the server is stopped."""
-    raise SystemExit(128 + signum)
+def _under_agent() -> bool:
+    """Whether torchrun or ``launch`` started this rank."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _print_error(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _report(error: UserError, config: Config) -> None:
-    """Print the error once, though every rank may have it: by the rank that gets to create the error file."""
-    try:
-        with (config.run_folder / "logs" / "error.txt").open("x", encoding="utf-8") as file:
-            file.write(f"rank {os.environ['RANK']}: {error}\n")
-    except FileExistsError:
-        return
-    _print_error(error)
-
-
-def run(config: Config, log: RankLog) -> None:
-    """Do what the configuration says; on one rank of the job."""
+def run(config: Config, log: RankLog, stop: StopRequest) -> None:
+    """Do what the configuration says, on one rank of the job; an error is reported before it goes on."""
     with ExitStack() as stack:
-        server = None
-        if os.environ["RANK"] == "0" and config.samples_from_server and not config.rollout.server.urls:
-            # Before the slow imports: the server does its own meanwhile.
-            server = stack.enter_context(start_server(config))
+        try:
+            _run(config, log, stop, stack)
+        except BaseException as error:
+            # Before the stack is unwound, which the others notice and fail of as well.
+            if isinstance(error, Exception):
+                _report(error, config, log)
+            if _under_agent():
+                _leave_within(_UNWIND_SECONDS)
+            raise
 
-        import torch  # noqa: F401 - its logger exists from here on
 
-        log.adopt("torch")
-        if config.objective == "rollout":
-            from megatron_vespo.rollout_only import generate
+def _report(error: Exception, config: Config, log: RankLog) -> None:
+    """Tell of an error: with the traceback in the log of this rank, and on the console if it is the run's first one."""
+    logs, who = config.run_folder / "logs", f"rank {os.environ['RANK']}"
+    if isinstance(error, UserError):
+        report_once(logs, who, str(error))
+        return
+    logging.getLogger(__name__).error("this rank failed", exc_info=error)
+    if not a_local_rank_is_gone():  # whoever started it says how it ended, and this error is what comes of it
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        report_once(logs, who, f"{who} failed{f'; its log: {log.path}' if log.path else ''}\n{trace}")
 
-            log.write_to(config.run_folder / "logs" / "rank_0.log")
-            generate(config, server, stack)
-            return
-        from megatron_vespo import parallel
-        from megatron_vespo.training import train
 
-        parallel.initialize(config.megatron, config.run.seed)
-        stack.callback(parallel.shutdown)
-        # Only now: rank 0 made the run folder before it joined the others.
-        log.write_to(config.run_folder / "logs" / f"rank_{parallel.rank()}.log")
-        train(config, server, stack, layout=describe_layout(config, parallel.world_size()))
+def _leave_within(seconds: float) -> None:
+    """End this process should closing what is open take longer, as it does where others are gone."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> None:
+    server = None
+    if os.environ["RANK"] == "0" and config.samples_from_server and not config.rollout.server.urls:
+        # Before the slow imports: the server does its own meanwhile.
+        server = stack.enter_context(start_server(config))
+
+    import torch  # noqa: F401 - its logger exists from here on
+
+    log.adopt("torch")
+    if config.objective == "rollout":
+        from megatron_vespo.rollout_only import generate
+
+        log.write_to(config.run_folder / "logs" / "rank_0.log")
+        generate(config, server, stack)
+        return
+    from megatron_vespo import parallel
+    from megatron_vespo.training import train
+
+    parallel.initialize(config.megatron, config.run.seed)
+    stack.callback(parallel.shutdown)
+    # Only now: rank 0 made the run folder before it joined the others.
+    log.write_to(config.run_folder / "logs" / f"rank_{parallel.rank()}.log")
+    train(config, server, stack, layout=describe_layout(config, parallel.world_size()))
 
 
 def start_server(config: Config) -> SGLangServer:

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from megatron_vespo.checks import check_config, describe_layout, prepare_run_folder
+from megatron_vespo.checks import check_config, describe_layout
 from megatron_vespo.config import Config
-from megatron_vespo.config_file import dump_config, load_config, parse_config
+from megatron_vespo.config_file import parse_config
 from megatron_vespo.errors import UserError
 
 
@@ -130,24 +130,10 @@ def test_a_run_does_not_replay_what_it_is_about_to_delete(tree: dict[str, Any], 
     check_config(parse_config(tree), 1)
 
 
-def test_an_existing_run_is_kept_unless_told(tree: dict[str, Any]) -> None:
-    config = parse_config(tree)
-    prepare_run_folder(config, dump_config(config))
-    assert (config.run_folder / "logs").is_dir()
-    assert load_config(config.run_folder / "config.yaml") == config
-    (config.run_folder / "metrics.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"run\.overwrite=true"):
-        prepare_run_folder(config, dump_config(config))
-    assert (config.run_folder / "metrics.jsonl").exists()
-    tree["run"]["overwrite"] = True
-    prepare_run_folder(parse_config(tree), "")
-    assert not (config.run_folder / "metrics.jsonl").exists()
-
-
-def test_an_empty_run_folder_is_no_earlier_run(tree: dict[str, Any]) -> None:
-    config = parse_config(tree)
-    config.run_folder.mkdir(parents=True)
-    prepare_run_folder(config, "")
+def test_rollouts_alone_are_not_resumed(tree: dict[str, Any]) -> None:
+    tree |= {"objective": "rollout"}
+    tree["run"]["resume"] = "auto"
+    assert "run.resume: objective rollout saves no checkpoints" in refusal(parse_config(tree))
 
 
 def test_the_layout_in_words(tree: dict[str, Any]) -> None:

@@ -20,9 +20,12 @@ WORDS = {
     "codec",
     "guard",
     "checkpoint_folder",
+    "processes",
+    "stopping",
+    "run_folder",
 }
 PURE = {"algorithms", "batching", "rewards"}
-RUNTIME = {"platform", "parallel", "metrics"}
+RUNTIME = {"platform", "parallel", "metrics", "logs", "watchdog"}
 POLICY = {"models", "policy"}
 ROLLOUT = {"data", "rollout", "sglang_cpu", "sglang_weights"}
 MEETING = {"weight_sync", "evaluation"}

@@ -75,7 +75,9 @@ class ServerSection(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of the server that is started."""
     host: str = "127.0.0.1"
-    """Address that the server binds to."""
+    """Address that the server binds to. One that other machines reach gets an API key, a new one for each run."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the servers' API key: of running ones, or instead of a new one."""
     port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the server; default: a free one."""
     startup_timeout: float = Field(default=600.0, gt=0)

@@ -19,6 +19,7 @@ from megatron_vespo.config_file import describe_config, dump_config, load_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.logs import RankLog, report_once
 from megatron_vespo.processes import a_local_rank_is_gone
+from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.run_folder import check_run_folder, locked, prepare_run_folder
 from megatron_vespo.stopping import StopRequest, announce_stop
@@ -162,6 +163,7 @@ def start_server(config: Config) -> SGLangServer:
         args=config.sglang,
         python=server.python,
         startup_timeout=server.startup_timeout,
+        api_key=server_key(server),
     )
 
 

@@ -10,6 +10,7 @@ import aiohttp
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout import protocol
+from megatron_vespo.rollout.keys import headers
 from megatron_vespo.rollout.protocol import Generation, Request, ServerInfo
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.types import FloatArray, IntArray
@@ -41,6 +42,7 @@ class SGLangClient:
         timeout: Seconds that one generation may take.
         unpushed_version: What the weights that the server started with count as; None: generating before a push is an
             error.
+        api_key: The server's, if it has one.
 
     All methods raise :class:`ServerError` naming the address, the route and what the server said, and
     :class:`ServerGoneError` if the connection fails.
@@ -54,10 +56,12 @@ class SGLangClient:
         max_concurrent: int = 256,
         timeout: float = 3600.0,
         unpushed_version: int | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.vocab_size = vocab_size
         self._unpushed_version = unpushed_version
+        self._headers = headers(api_key)
         self._slots = asyncio.Semaphore(max_concurrent)
         self._info: ServerInfo | None = None
         self._asking = asyncio.Lock()
@@ -147,6 +151,7 @@ class SGLangClient:
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=protocol.KEEPALIVE_SECONDS),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=self._timeout,
+                headers=self._headers,
                 trust_env=False,
             )
         return self._session

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import httpx
 
 from megatron_vespo.rollout import protocol
+from megatron_vespo.rollout.keys import headers
 from megatron_vespo.rollout.protocol import Request, ServerError, ServerInfo, TensorList
 
 
@@ -28,17 +29,26 @@ class SGLangControl:
         base_url: Address, ``http://host:port``.
         timeout: Seconds a request may take; loading a large model from disk is the slowest.
         transport: Instead of the network, for tests.
+        api_key: The server's, if it has one.
 
     All methods raise :class:`ServerError` naming the address, the route and what the server said, and
     :class:`ServerGoneError` if the connection fails.
     """
 
-    def __init__(self, base_url: str, *, timeout: float = 600.0, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        timeout: float = 600.0,
+        transport: httpx.BaseTransport | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self._http = httpx.Client(
             base_url=self.base_url,
             timeout=httpx.Timeout(timeout, connect=protocol.CONNECT_TIMEOUT_SECONDS),
             limits=httpx.Limits(keepalive_expiry=protocol.KEEPALIVE_SECONDS),
+            headers=headers(api_key),
             trust_env=False,
             transport=transport,
         )

@@ -22,6 +22,7 @@ import httpx
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.guard import guarded
+from megatron_vespo.rollout.serve_with_key import KEY_VARIABLE
 from megatron_vespo.rollout.server_args import DEVICES, build_command, build_environment
 from megatron_vespo.rollout.server_args import validate_server_args as validate_server_args
 
@@ -54,6 +55,7 @@ class SGLangServer:
         python: Interpreter that has SGLang; None means ours.
         startup_timeout: Seconds until it must answer.
         stop_grace: Seconds between SIGTERM and SIGKILL.
+        api_key: Requests must carry it. Neither its command line nor its log shows it.
 
     Raises:
         UserError: an unknown device, a reserved argument, no model at ``model_path``.
@@ -73,6 +75,7 @@ class SGLangServer:
         python: str | None = None,
         startup_timeout: float = 600.0,
         stop_grace: float = 2.0,
+        api_key: str | None = None,
     ) -> None:
         if device not in DEVICES:
             raise UserError(f"device of the SGLang server: {device!r} is not one of {', '.join(DEVICES)}")
@@ -80,15 +83,24 @@ class SGLangServer:
         self.log_file = Path(log_file)
         self.host = host
         self.port = _free_port(host) if port is None else port
+        self.api_key = api_key
         self._startup_timeout = startup_timeout
         self._stop_grace = stop_grace
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._log_start = 0
         self._command = build_command(
-            python or sys.executable, self.model_path, device, host, self.port, random_seed, args or {}
+            python or sys.executable,
+            self.model_path,
+            device,
+            host,
+            self.port,
+            random_seed,
+            args or {},
+            keyed=api_key is not None,
         )
-        self._environment = build_environment(self.model_path, device, environment or {})
+        secret = {} if api_key is None else {KEY_VARIABLE: api_key}
+        self._environment = build_environment(self.model_path, device, {**(environment or {}), **secret})
 
     @property
     def url(self) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.errors import UserError
+from megatron_vespo.rollout import serve_with_key
 from megatron_vespo.sglang_cpu.models import FAST_ARCHITECTURES
 from megatron_vespo.sglang_cpu.platform import PLATFORM_NAME
 from megatron_vespo.sglang_weights import LOADER
@@ -30,6 +31,8 @@ RESERVED_ARGS = {
     "port": "it is a setting of the server",
     "random_seed": "it follows the run's seed",
     "weight_version": "weight pushes set it",
+    "api_key": "a server that other machines reach gets one; rollout.server.api_key_env names one of yours",
+    "admin_api_key": "the same key is for all routes; rollout.server.api_key_env names one of yours",
     "config": "all arguments are written in the run's own configuration",
 }
 
@@ -86,9 +89,16 @@ CPU_ENVIRONMENT: dict[str, str | None] = {"SGLANG_PLATFORM": PLATFORM_NAME, "OMP
 
 
 def build_command(
-    python: str, model_path: Path, device: str, host: str, port: int, random_seed: int, args: Mapping[str, Any]
+    python: str,
+    model_path: Path,
+    device: str,
+    host: str,
+    port: int,
+    random_seed: int,
+    args: Mapping[str, Any],
+    keyed: bool = False,
 ) -> list[str]:
-    """The server's command line.
+    """The server's command line; ``keyed``: with an API key, which comes by ``KEY_VARIABLE`` of its environment.
 
     ``args`` are SGLang's own, in snake_case: True is a bare flag, False and None leave it out, a list becomes several
     values, a dict JSON.
@@ -99,7 +109,7 @@ def build_command(
     _refuse_reserved(args)
     defaults = SERVER_DEFAULTS | (CPU_DEFAULTS if device == "cpu" else {})
     own = {"model_path": model_path, "device": device, "host": host, "port": port, "random_seed": random_seed}
-    command = [python, "-m", "sglang.launch_server"]
+    command = [python, "-m", serve_with_key.__name__ if keyed else "sglang.launch_server"]
     for name, value in {**own, **defaults, **args}.items():
         if value is None or value is False:
             continue

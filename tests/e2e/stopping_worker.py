@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_vespo import parallel
-from megatron_vespo import guard
+from megatron_vespo import guard, parallel
 from megatron_vespo.stopping import StopRequest, announce_stop
 
 _STEPS = 200

@@ -9,6 +9,7 @@ from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import check_megatron_options, data_parallel_size
 from megatron_vespo.rollout.batches import list_batches
+from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.server_args import validate_server_args
 
 
@@ -24,6 +25,8 @@ def check_config(config: Config, world_size: int) -> None:
         raise UserError("run.resume: objective rollout saves no checkpoints to go on from; leave it out")
     if config.samples_from_server and config.rollout.server.python is None:
         validate_server_args(config.sglang)
+    if config.samples_from_server:
+        server_key(config.rollout.server)
     _check_model(config)
     if config.rollout.replay is not None:
         _check_replay(config, Path(config.rollout.replay))

@@ -127,7 +127,7 @@ def _leave_within(seconds: float) -> None:
 
 def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> None:
     server = None
-    if os.environ["RANK"] == "0" and config.samples_from_server and not config.rollout.server.urls:
+    if os.environ["RANK"] == "0" and config.samples_from_server and config.rollout.server.is_own:
         # Before the slow imports: the server does its own meanwhile.
         server = stack.enter_context(start_server(config))
 

@@ -52,7 +52,7 @@ def measure(work: Work) -> tuple[HfExporter, Outcome]:
 
 def _spread(figures: Sequence[np.ndarray]) -> float:
     """Largest difference between two ranks' figures, which should be equal to the last bit. A collective."""
-    ranks = parallel.gather_objects(np.concatenate(figures))
+    ranks = [np.array(values) for values in parallel.gather_values(np.concatenate(figures).tolist(), list[float])]
     if len({len(values) for values in ranks}) > 1:
         return float("inf")
     # Equal infinities differ by NaN, which is no difference.

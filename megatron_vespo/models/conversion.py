@@ -154,7 +154,7 @@ def load_hf_weights(chunks: Sequence[GPTModel], architecture: Architecture, read
         check_source(placement, reader)
         read.update(placement.names)
         read_into(weight.data, placement, reader)
-    check_unread(frozenset().union(*parallel.gather_objects(read)), architecture, reader)
+    check_unread(frozenset().union(*parallel.gather_values(read, set[str])), architecture, reader)
 
 
 def read_into(target: torch.Tensor, placement: Placement, reader: HfReader) -> None:

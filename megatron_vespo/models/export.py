@@ -56,7 +56,8 @@ class HfExporter:
             if placement.owner:
                 self._local[placement.names] = weight.data
                 mine[placement.names] = _Shard.of(placement)
-        self._shards: list[dict[Key, _Shard]] = parallel.gather_objects(mine)
+        # As pairs: a key of several names is none that a dict has in msgpack.
+        self._shards = [dict(held) for held in parallel.gather_values(list(mine.items()), list[tuple[Key, _Shard]])]
         self._buckets = _bucket(self._shards, bucket_bytes)
 
     @property
@@ -125,7 +126,7 @@ class _Shard:
     """A shard as rank 0 knows it: its shape and which of its rows go where."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str  # text, as it goes to the other ranks
     dim: int
     moves: tuple[tuple[int, int, int, int], ...]  # (HF tensor, its first row, the shard's first row, rows)
     hf_shapes: tuple[tuple[int, ...], ...]
@@ -135,11 +136,17 @@ class _Shard:
         clipped = placement.layout.clip(placement.start, placement.stop)
         return _Shard(
             placement.shape,
-            placement.dtype,
+            str(placement.dtype).removeprefix("torch."),
             placement.layout.dim,
             tuple((piece.hf, piece.hf_start, piece.start, piece.rows) for piece in clipped),
             tuple(placement.hf_shape(hf) for hf in range(len(placement.names))),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = vars(torch)[self.dtype_name]
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @property
     def nbytes(self) -> int:

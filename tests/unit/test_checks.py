@@ -88,6 +88,13 @@ def test_an_unknown_server_argument_is_found_early(tree: dict[str, Any]) -> None
     assert "max_total_tokens" in refusal(parse_config(tree))
 
 
+def test_a_missing_key_is_found_early(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    tree["rollout"]["server"] = {"url": "http://node7:30000", "api_key_env": "MY_KEY"}
+    assert "environment variable MY_KEY is not set" in refusal(parse_config(tree))
+    check_config(parse_config(tree | {"objective": "sft"}), 1)
+
+
 def test_rollouts_alone_run_on_one_rank_whatever_the_trainers_layout(tree: dict[str, Any]) -> None:
     tree |= {"objective": "rollout", "megatron": {"expert_model_parallel_size": 2}}
     check_config(parse_config(tree), 1)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 from megatron_vespo.checks import check_config
 from megatron_vespo.config import Config
@@ -20,6 +21,7 @@ from megatron_vespo.config_file import load_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.logs import error_file, report_once, reporting_rank
 from megatron_vespo.processes import children, how_it_ended
+from megatron_vespo.rollout.keys import is_loopback
 from megatron_vespo.run_folder import check_run_folder, refuse_if_locked
 from megatron_vespo.stopping import StopRequest
 from megatron_vespo.train import all_overrides, make_parser
@@ -28,7 +30,7 @@ if TYPE_CHECKING:  # torch is slow to import, and a wrong configuration is told 
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 # What is likely behind a signal that nobody sent.
-_HINTS = {
+_HINTS: dict[int, str] = {
     signal.SIGKILL: "unless somebody sent that, the machine ran out of memory: see `dmesg`",
     signal.SIGSEGV: "a crash in compiled code: the log ends with the Python stack",
     signal.SIGABRT: "a failed check in compiled code: the log ends with the Python stack",
@@ -69,12 +71,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     # This attempt's error is still to come.
     error_file(config.run_folder / "logs").unlink(missing_ok=True)
+    if _stays_on_this_machine(config):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rank_arguments = ["-m", "megatron_vespo.train", options.config, *overrides]
     failure = launch_ranks(options.ranks, rank_arguments, stop=stop)
     if failure is None:
         return 0
     _report(failure, config, stop)
     return failure.status if failure.status > 0 else 128 - failure.status
+
+
+def _stays_on_this_machine(config: Config) -> bool:
+    """Whether no process group has a member elsewhere: weights are broadcast to the servers."""
+    server = config.rollout.server
+    urls = server.urls if not server.is_own else [f"http://{server.host}"]
+    return not config.samples_from_server or (
+        bool(urls) and all(is_loopback(urlsplit(url).hostname or "") for url in urls)
+    )
 
 
 def pass_on() -> None:
@@ -99,7 +112,7 @@ def _report(failure: RankFailure, config: Config, stop: StopRequest) -> None:
     elif failure.status > 0:
         print(f"{ended}; {log}", file=sys.stderr)  # noqa: T201
     else:
-        hint = _HINTS.get(signal.Signals(-failure.status))
+        hint = _HINTS.get(-failure.status)
         message = "; ".join(part for part in (ended, hint, log) if part)
         if not report_once(logs, "launcher", message):
             print(ended, file=sys.stderr)  # noqa: T201
@@ -124,6 +137,9 @@ def launch_ranks(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from megatron_vespo import rendezvous
+
+    rendezvous.register()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlaps rely on the order of launches
     # The failing rank has said what is wrong; the agent's own report repeats it as a page of traceback.
@@ -133,9 +149,8 @@ def launch_ranks(
         max_nodes=1,
         nproc_per_node=ranks,
         run_id="megatron_vespo",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_backend=rendezvous.BACKEND,
+        local_addr=rendezvous.LOOPBACK,
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(

@@ -36,7 +36,9 @@ def a_local_rank_is_gone() -> bool:
 
 def how_it_ended(status: int) -> str:
     """An exit status in words: ``failed with exit status 3``, or ``was killed by SIGKILL`` for -9."""
-    return f"failed with exit status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
+    if status >= 0:
+        return f"failed with exit status {status}"
+    return f"was killed by {signal.Signals(-status).name if -status in signal.Signals else f'signal {-status}'}"
 
 
 def _tasks(pid: int) -> Iterator[Path]:

@@ -143,7 +143,8 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
     from megatron_vespo import parallel
     from megatron_vespo.training import train
 
-    parallel.initialize(config.megatron, config.run.seed)
+    # Collectives give up later than the watchdog, which says more.
+    parallel.initialize(config.megatron, config.run.seed, timeout_minutes=config.run.stuck_timeout / 60 + 5)
     stack.callback(parallel.shutdown)
     # Only now: rank 0 made the run folder before it joined the others.
     log.write_to(config.run_folder / "logs" / f"rank_{parallel.rank()}.log")

@@ -232,7 +232,7 @@ class Checkpoints:
 
 def _agree(failure: str) -> None:
     """Raise the first rank's failure on every rank; nothing where none failed."""
-    failures = [message for message in parallel.gather_objects(failure) if message]
+    failures = [message for message in parallel.gather_values(failure, str) if message]
     if failures:
         raise UserError(failures[0])
 

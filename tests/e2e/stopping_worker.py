@@ -1,4 +1,4 @@
-"""A rank that steps as a run does, for tests of signals: ``stopping_worker.py FOLDER STEP_SECONDS [hang]``."""
+"""A rank that steps as a run does, for tests of signals: ``stopping_worker.py FOLDER STEP_SECONDS [freeze]``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_vespo import guard, parallel
 from megatron_vespo.stopping import StopRequest, announce_stop
+from megatron_vespo.watchdog import Watchdog
 
 _STEPS = 200
 
@@ -25,11 +26,15 @@ def main() -> int:
     stop.install()
     parallel.initialize({}, seed=1)
     stop.defer()
+    watchdog = Watchdog(3.0 if "freeze" in sys.argv else 600.0, folder)
+    watchdog.start()
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     for _ in range(_STEPS):
-        if "hang" in sys.argv and rank == "1":
-            time.sleep(600)
+        watchdog.at("step")
+        if "freeze" in sys.argv and rank == "0":
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(seconds)
+        watchdog.at("ask")
         if parallel.any_rank(stop.requested):
             (folder / f"saved_{rank}").touch()
             break

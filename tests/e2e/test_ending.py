@@ -121,6 +121,16 @@ def test_a_dead_rank_ends_the_others_although_they_defer_signals(tmp_path: Path,
     assert_no_process_mentions(str(tmp_path))
 
 
+def test_a_stopped_process_ends_the_job_also_if_it_is_rank_0(tmp_path: Path) -> None:
+    with stepping(tmp_path, 0.1, "freeze") as process:
+        began = time.monotonic()
+        out, error = process.communicate(timeout=60)
+        assert time.monotonic() - began < 3 + 20
+    assert out == f"failure: RankFailure(rank=0, status={-signal.SIGKILL})\n"  # the watchdog of rank 1 killed it
+    assert "the others wait for rank 0: no answer" in error and "rank 1: in 'ask' for" in error, error
+    assert_no_process_mentions(str(tmp_path))
+
+
 def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
     config = make_sft_config(tmp_path)
     with job(["-m", "megatron_vespo.launch", "--ranks", "2", str(config)]) as process:

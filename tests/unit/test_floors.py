@@ -25,7 +25,7 @@ WORDS = {
     "run_folder",
 }
 PURE = {"algorithms", "batching", "rewards"}
-RUNTIME = {"platform", "parallel", "metrics", "logs", "watchdog"}
+RUNTIME = {"platform", "parallel", "metrics", "logs", "watchdog", "rendezvous"}
 POLICY = {"models", "policy"}
 ROLLOUT = {"data", "rollout", "sglang_cpu", "sglang_weights"}
 MEETING = {"weight_sync", "evaluation"}

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = make_parser("python -m megatron_vespo.launch")
     parser.add_argument("--ranks", type=int, default=1, help="trainer processes on this node (GPUs, on a GPU node)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options may come between overrides
     overrides = all_overrides(options)
     stop = StopRequest(pass_on)
     stop.install()

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, also if the run was asked to stop and did so in order; or 1 after an error, which one rank
         prints.
     """
-    options = make_parser("python -m megatron_vespo.train").parse_args(arguments)
+    options = make_parser("python -m megatron_vespo.train").parse_intermixed_args(arguments)
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")

@@ -102,21 +102,25 @@ def measure(server: SGLangServer, model: Path, folder: Path, pushes: int, share:
 
 def make_sync(variant: str, url: str, model: Path, folder: Path, exporter: HfExporter) -> WeightSync:
     """One of :data:`VARIANTS`."""
+    from megatron_vespo.rollout.client import SGLangClient
     from megatron_vespo.rollout.control import SGLangControl
+    from megatron_vespo.rollout.fleet import Fleet
     from megatron_vespo.weight_sync.broadcast import BroadcastTransport
     from megatron_vespo.weight_sync.delta import DeltaTransport
     from megatron_vespo.weight_sync.disk import DiskTransport
     from megatron_vespo.weight_sync.servers import Servers
     from megatron_vespo.weight_sync.sync import WeightSync
 
-    servers = Servers([SGLangControl(url)], [1])
+    fleet = Fleet(lambda: [url], lambda url: (SGLangControl(url), SGLangClient(url, vocab_size=1)))
+    fleet.meet()
+    servers = Servers()
     transports: dict[str, Callable[[], Transport]] = {
         "disk": lambda: DiskTransport(servers, folder / "weights", model),
         "broadcast": lambda: BroadcastTransport(servers),
         "delta": lambda: DeltaTransport(servers, BUCKET_BYTES),
     }
     kind, _, unverified = variant.partition(", ")
-    return WeightSync(exporter, servers, transports[kind](), verify=not unverified)
+    return WeightSync(exporter, fleet, servers, transports[kind](), verify=not unverified)
 
 
 def timed[T](work: Callable[[], T]) -> tuple[T, float]:

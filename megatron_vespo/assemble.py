@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,13 +28,14 @@ from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader
 from megatron_vespo.policy.checkpoint import save_hf
+from megatron_vespo.policy.checkpoints import Checkpoints
 from megatron_vespo.policy.policy import Policy
-from megatron_vespo.record import Recorder
+from megatron_vespo.record import Place, Recorder
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.replay import BatchReader, ReplayService
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
-from megatron_vespo.sglang_weights import LOADER
+from megatron_vespo.saving import Saver
 from megatron_vespo.types import Prompt, Sample
 from megatron_vespo.weight_sync.broadcast import BroadcastTransport
 from megatron_vespo.weight_sync.delta import DeltaTransport
@@ -51,16 +52,16 @@ class Trainer:
     Attributes:
         policy: Model and optimizer.
         exporter: Streams its weights under HF names.
-        save: Writes a checkpoint after a step; a collective.
+        checkpoints: Where it is saved to be resumed.
     """
 
     policy: Policy
     exporter: HfExporter
-    save: Callable[[int], None]
+    checkpoints: Checkpoints
 
 
-def make_trainer(config: Config, architecture: Architecture) -> Trainer:
-    """Build the model, load its weights, wrap it for training. A collective."""
+def make_trainer(config: Config, architecture: Architecture, *, resumes: bool = False) -> Trainer:
+    """Build the model, load its weights unless a checkpoint will be, wrap it for training. A collective."""
     section, model = config.megatron, config.model
     optimizer = optimizer_config(section)
     chunks = build_model(
@@ -69,7 +70,7 @@ def make_trainer(config: Config, architecture: Architecture) -> Trainer:
         layer_spec=model.layer_spec,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
     )
-    if model.initialize == "hf":
+    if model.initialize == "hf" and not resumes:
         load_hf_weights(chunks, architecture, HfReader(model.hf_path))
     updates = config.training.steps * (config.training.minibatches_per_step if config.objective == "rl" else 1)
     policy = Policy(
@@ -84,11 +85,31 @@ def make_trainer(config: Config, architecture: Architecture) -> Trainer:
         alignment=_alignment(section),
     )
     exporter = HfExporter(chunks, architecture, config.weight_sync.bucket_megabytes * 2**20)
+    checkpoints = Checkpoints(
+        config.run_folder / "checkpoints",
+        policy,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+        seed=config.run.seed,
+    )
+    return Trainer(policy, exporter, checkpoints)
+
+
+def make_saver(
+    config: Config,
+    trainer: Trainer,
+    data_state: Callable[[], bytes | None],
+    stop_requested: Callable[[], bool],
+    message: Callable[[str], None],
+) -> Saver:
+    """What is saved, and when."""
 
     def save(step: int) -> None:
-        save_hf(exporter, config.run_folder / "hf" / f"step_{step:06d}", Path(model.hf_path))
+        save_hf(trainer.exporter, config.run_folder / "hf" / f"step_{step:06d}", Path(config.model.hf_path))
 
-    return Trainer(policy, exporter, save)
+    return Saver(
+        trainer.checkpoints, config.checkpoint, config.training.steps, save, data_state, stop_requested, message
+    )
 
 
 def _alignment(section: dict[str, Any]) -> int:
@@ -106,7 +127,11 @@ def make_schedule(config: Config, architecture: Architecture) -> Schedule:
         training.max_tokens_per_microbatch,
         microbatch_multiple(config.megatron),
         sample_cost(architecture),
-        config.checkpoint.hf_interval,
+        training.max_skipped_updates,
+        # Saved batches may be of any age.
+        None
+        if config.rollout.replay is not None
+        else (config.rollout.max_staleness + 1) * training.minibatches_per_step - 1,
     )
 
 
@@ -127,11 +152,29 @@ def make_algorithm(config: Config) -> Algorithm:
     )
 
 
-def make_recorder(config: Config, architecture: Architecture, tokenizer: Tokenizer, facts: dict[str, str]) -> Recorder:
+def make_recorder(
+    config: Config,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    facts: dict[str, str],
+    at: Place,
+    resumed_after: int = 0,
+) -> Recorder:
     """Console, sinks and summary on rank 0; a recorder that only keeps time elsewhere."""
     if parallel.is_main():
-        return connect.make_recorder(config, architecture, tokenizer, facts)
-    return Recorder(config.training.steps, None, (), None, config.run_folder, facts)
+        return connect.make_recorder(config, architecture, tokenizer, facts, at, resumed_after)
+    return Recorder(config.training.steps, None, (), None, config.run_folder, facts, at=at)
+
+
+class ResumableSource(RolloutSource, Protocol):
+    """A source of batches that travels in checkpoints."""
+
+    def state(self) -> bytes | None:
+        """Where it stands, on rank 0; None elsewhere."""
+        ...
+
+    def restore(self, data: bytes) -> None:
+        """Go on from there; before the start."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +187,7 @@ class Rollouts:
         weight_sync: Pushes.
     """
 
-    service: RolloutSource
+    service: ResumableSource
     evaluator: Evaluation
     weight_sync: WeightPush
 
@@ -156,6 +199,9 @@ def make_rollouts(
     exporter: HfExporter,
     server: SGLangServer | None,
     stack: ExitStack,
+    *,
+    announce: Callable[[str], None] = lambda text: None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Rollouts:
     """Connect to SGLang. A collective.
 
@@ -166,20 +212,29 @@ def make_rollouts(
         exporter: Weights to push.
         server: The server that rank 0 started; None on other ranks, or where ``rollout.server.url`` names some.
         stack: Takes what must be closed at the end.
+        announce: Told, on rank 0, what people should know.
+        stop_requested: Whether the run shall end.
     """
-    connection, engine, servers, transport = None, None, None, None
+    connection, engine, fleet, servers, transport = None, None, None, None, None
 
     def on_main() -> None:
-        nonlocal connection, engine, servers, transport
-        connection = connect.connect(config, architecture, tokenizer, server)
-        engine = connection.engine
-        _check_loader(config, connection)
-        servers = Servers(connection.controls, [info.tensor_parallel_size for info in connection.infos])
+        nonlocal connection, engine, fleet, servers, transport
+        connection = connect.connect(
+            config, architecture, tokenizer, server, stack, announce=announce, stop_requested=stop_requested
+        )
+        engine, fleet, servers = connection.engine, connection.fleet, Servers()
         transport = _make_transport(config, servers)
 
     parallel.on_main(on_main)
-    service = RolloutService(engine, parallel.broadcast_bytes, config.rollout.prompts_per_step)
-    weight_sync = WeightSync(exporter, servers, transport, verify=config.weight_sync.verify != "none")
+    weight_sync = WeightSync(
+        exporter,
+        fleet,
+        servers,
+        transport,
+        pause=config.weight_sync.pause,
+        verify=config.weight_sync.verify != "none",
+    )
+    service = RolloutService(engine, parallel.broadcast_bytes, weight_sync.push_again)
     stack.callback(weight_sync.close)
     stack.callback(service.close)
     return Rollouts(service, connect.make_evaluator(config, service, connection), weight_sync)
@@ -213,31 +268,18 @@ def _make_transport(config: Config, servers: Servers) -> Transport:
     return BroadcastTransport(servers)
 
 
-def _check_loader(config: Config, connection: connect.Connection) -> None:
-    """Servers that others started may lack what runs inside them."""
-    if config.weight_sync.transport != "delta" and config.weight_sync.verify == "none":
-        return
-    for control, info in zip(connection.controls, connection.infos, strict=True):
-        if LOADER not in info.weight_loaders:
-            raise UserError(
-                f"{control.base_url} was started without --custom-weight-loader {LOADER}, which weight_sync.verify and"
-                " transport delta need: start it so, with megatron_vespo on its PYTHONPATH, or set weight_sync.verify:"
-                " none and another transport"
-            )
-
-
-def make_sft_batches(config: Config, architecture: Architecture, tokenizer: Tokenizer) -> Iterator[list[Sample]]:
-    """Minibatches of texts, the same on every rank."""
+def make_sft_stream(config: Config, architecture: Architecture, tokenizer: Tokenizer) -> SupervisedStream:
+    """Texts to learn, the same on every rank."""
     assert config.data.train is not None
     examples = read_supervised(config.data.train, tokenizer, architecture.context_length)
-    stream = SupervisedStream(examples, config.run.seed, config.data.shuffle)
-    number = 0
+    return SupervisedStream(examples, config.run.seed, config.data.shuffle)
+
+
+def sft_batches(stream: SupervisedStream, samples_per_step: int) -> Iterator[list[Sample]]:
+    """Minibatches of texts."""
     while True:
-        batch = []
-        for _ in range(config.training.samples_per_step):
-            batch.append(_as_sample(next(stream), number))
-            number += 1
-        yield batch
+        first = stream.position
+        yield [_as_sample(next(stream), first + number) for number in range(samples_per_step)]
 
 
 def _as_sample(example: SupervisedExample, number: int) -> Sample:

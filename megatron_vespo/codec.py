@@ -1,4 +1,4 @@
-"""Sample groups and failures as bytes (MessagePack), for other ranks and for files. Exact round trip, no pickle."""
+"""Sample groups as bytes (MessagePack), for other ranks and for files. Exact round trip, no pickle."""
 
 from __future__ import annotations
 
@@ -35,22 +35,9 @@ def encode_groups(groups: list[SampleGroup]) -> bytes:
     return pack({"groups": to_rows(groups)})
 
 
-def encode_failure(error: Exception) -> bytes:
-    """Why there are no groups."""
-    message = str(error) if isinstance(error, UserError) else f"rank 0 failed: {type(error).__name__}: {error}"
-    return msgspec.msgpack.encode({"failure": message})
-
-
 def decode_groups(payload: bytes) -> list[SampleGroup]:
-    """The groups, equal to those encoded; samples share their group's prompt.
-
-    Raises:
-        UserError: a failure was encoded; the same message.
-    """
-    content = unpack(payload, dict[str, Any])
-    if "failure" in content:
-        raise UserError(content["failure"])
-    return from_rows(content["groups"])
+    """The groups, equal to those encoded; samples share their group's prompt."""
+    return from_rows(unpack(payload, dict[str, Any])["groups"])
 
 
 def to_rows(groups: Sequence[SampleGroup]) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from megatron_vespo.algorithms.advantages import GroupNormalizedParams, get_advantage_estimator
 from megatron_vespo.config import Config
@@ -13,19 +16,27 @@ from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import Evaluator
 from megatron_vespo.metrics.console import RL_COLUMNS, ROLLOUT_COLUMNS, SFT_COLUMNS, Console
+from megatron_vespo.metrics.rollback import roll_back
 from megatron_vespo.metrics.sinks import JsonlSink, MetricSink, RolloutSink, TensorBoardSink
 from megatron_vespo.models.hf_config import Architecture
-from megatron_vespo.record import Recorder
-from megatron_vespo.rewards.loader import load_reward
+from megatron_vespo.record import Place, Recorder
+from megatron_vespo.rewards.failures import check_failures
+from megatron_vespo.rewards.pool import RewardPool
+from megatron_vespo.rollout.addresses import server_addresses
 from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.rollout.engine import RolloutEngine
-from megatron_vespo.rollout.protocol import ServerInfo
+from megatron_vespo.rollout.dispatch import Dispatcher
+from megatron_vespo.rollout.engine import GroupSettings, RolloutEngine
+from megatron_vespo.rollout.fleet import Fleet
+from megatron_vespo.rollout.keys import server_key
+from megatron_vespo.rollout.protocol import UNPUSHED, ServerInfo
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
+from megatron_vespo.rollout.watch import Watch
+from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.types import Prompt, SampleGroup
 
 _COLUMNS = {"rl": RL_COLUMNS, "sft": SFT_COLUMNS, "rollout": ROLLOUT_COLUMNS}
@@ -37,14 +48,12 @@ class Connection:
 
     Attributes:
         engine: Generates.
-        controls: Control routes of each server.
-        infos: What each says of itself.
+        fleet: The servers.
         evaluation: Prompts of the evaluation sets.
     """
 
     engine: RolloutEngine
-    controls: list[SGLangControl]
-    infos: list[ServerInfo]
+    fleet: Fleet
     evaluation: dict[str, list[Prompt]]
 
 
@@ -53,50 +62,144 @@ def connect(
     architecture: Architecture,
     tokenizer: Tokenizer,
     server: SGLangServer | None,
+    stack: ExitStack,
+    *,
+    announce: Callable[[str], None],
+    stop_requested: Callable[[], bool],
     unpushed_version: int | None = None,
 ) -> Connection:
-    """Read the prompts and connect to SGLang; on rank 0.
+    """Read the prompts, start what scores and connect to SGLang; on rank 0.
 
     Args:
         config: Configuration.
         architecture: Limits of prompts and ids.
         tokenizer: Texts.
-        server: The server that was started; None where ``rollout.server.url`` names some.
+        server: The server that was started; None where ``rollout.server`` names some.
+        stack: Takes what must be closed at the end.
+        announce: Told what people should know.
+        stop_requested: Whether the run shall end.
         unpushed_version: As of :class:`SGLangClient`.
 
     Raises:
-        UserError: Data, reward or server are not as they should be.
+        UserError: Data, reward or servers are not as they should be.
     """
     rollout = config.rollout
     train, evaluation = _read_prompts(config, architecture, tokenizer)
-    reward = load_reward(config.reward.function)
+    scorer = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
+    stack.callback(scorer.close)
+    scorer.start()
     if server is not None:
         server.wait_ready()
-    urls = [server.url] if server is not None else rollout.server.urls
-    controls = [SGLangControl(url, timeout=rollout.request_timeout) for url in urls]
-    infos = [control.info() for control in controls]
-    clients = [
-        SGLangClient(
+    fleet, dispatcher = _make_fleet(config, architecture, server, announce, unpushed_version)
+    stack.callback(fleet.close)
+    infos = fleet.meet()
+    watch = Watch(fleet, hang_timeout=rollout.server.hang_timeout, max_restarts=rollout.server.max_restarts)
+    stack.callback(watch.close)
+    watch.start()
+    engine = RolloutEngine(
+        fleet,
+        dispatcher,
+        PromptStream(train, config.run.seed, config.data.shuffle),
+        RolloutBuffer(
+            rollout.prompts_per_step, rollout.max_staleness, math.ceil(rollout.over_sampling * rollout.prompts_per_step)
+        ),
+        scorer,
+        GroupSettings(
+            rollout.samples_per_prompt,
+            _sampling(config, rollout.temperature),
+            tokenizer.decode,
+            seed=config.run.seed if all(info.deterministic for info in infos) else None,
+            filter_equal=rollout.filter_equal_groups,
+        ),
+        check_batch=partial(
+            check_failures, max_failed_share=config.reward.max_failed_share, spec=config.reward.function
+        ),
+        sampled_under=_sampled_under(config),
+        stop_requested=stop_requested,
+        announce=announce,
+    )
+    return Connection(engine, fleet, evaluation)
+
+
+def _make_fleet(
+    config: Config,
+    architecture: Architecture,
+    server: SGLangServer | None,
+    announce: Callable[[str], None],
+    unpushed_version: int | None,
+) -> tuple[Fleet, Dispatcher]:
+    section, timeout = config.rollout.server, config.rollout.request_timeout
+    api_key = server_key(section) if server is None else server.api_key
+
+    def open_client(url: str) -> SGLangClient:
+        return SGLangClient(
             url,
             vocab_size=architecture.vocab_size,
-            max_concurrent=max(1, rollout.concurrency // len(urls)),
-            timeout=rollout.request_timeout,
+            max_concurrent=config.rollout.concurrency,
+            timeout=timeout,
             unpushed_version=unpushed_version,
+            api_key=api_key,
         )
-        for url in urls
-    ]
-    engine = RolloutEngine(
-        clients,
-        PromptStream(train, config.run.seed, config.data.shuffle),
-        RolloutBuffer(rollout.prompts_per_step, rollout.max_staleness),
-        samples_per_prompt=rollout.samples_per_prompt,
-        sampling=_sampling(config, rollout.temperature),
-        decode=tokenizer.decode,
-        reward=reward,
-        seed=config.run.seed if all(info.deterministic for info in infos) else None,
-        check_servers=server.check_alive if server is not None else lambda: None,
+
+    def open_member(url: str) -> tuple[SGLangControl, SGLangClient]:
+        flush_cache = config.weight_sync.pause != "in_place"
+        return SGLangControl(url, timeout=timeout, flush_cache=flush_cache, api_key=api_key), open_client(url)
+
+    fleet = Fleet(
+        server_addresses(section, server, api_key),
+        open_member,
+        own=server,
+        check_info=_check_info(config),
+        balance=section.balance,
+        takes_pushes=config.objective == "rl",
+        patience=section.startup_timeout,
+        announce=announce,
     )
-    return Connection(engine, controls, infos, evaluation)
+    router = None if section.router is None else open_client(section.router)
+    return fleet, Dispatcher(
+        fleet,
+        concurrency=config.rollout.concurrency,
+        router=router,
+        cache_by_version=config.weight_sync.pause == "in_place",
+    )
+
+
+def _check_info(config: Config) -> Callable[[str, ServerInfo], None]:
+    """Servers that others started may lack what runs inside them, or hold a trainer's weights."""
+    needs_loader = config.objective == "rl" and (
+        config.weight_sync.transport == "delta" or config.weight_sync.verify != "none"
+    )
+
+    def check(url: str, info: ServerInfo) -> None:
+        if needs_loader and LOADER not in info.weight_loaders:
+            raise UserError(
+                f"{url} was started without --custom-weight-loader {LOADER}, which weight_sync.verify and"
+                " transport delta need: start it so, with megatron_vespo on its PYTHONPATH, or set weight_sync.verify:"
+                " none and another transport"
+            )
+        if config.objective == "rollout" and info.weight_version not in (UNPUSHED, "0"):
+            raise UserError(
+                f"{url} serves weight version {info.weight_version}, which a trainer pushed; objective"
+                " rollout needs the weights that the server loaded: restart it"
+            )
+
+    return check
+
+
+def _sampled_under(config: Config) -> dict[str, Any]:
+    """Settings without which samples that a checkpoint holds are of no use."""
+    rollout = config.rollout
+    return {
+        "rollout.samples_per_prompt": rollout.samples_per_prompt,
+        "rollout.prompts_per_step": rollout.prompts_per_step,
+        "rollout.max_staleness": rollout.max_staleness,
+        "rollout.over_sampling": rollout.over_sampling,
+        "rollout.temperature": rollout.temperature,
+        "rollout.max_new_tokens": rollout.max_new_tokens,
+        "rollout.stop_token_ids": rollout.stop_token_ids,
+        "training.minibatches_per_step": config.training.minibatches_per_step,
+        "reward.function": config.reward.function,
+    }
 
 
 def _sampling(config: Config, temperature: float, *, evaluation: bool = False) -> SamplingParams:
@@ -158,12 +261,21 @@ def make_advantages(config: Config) -> Callable[[Sequence[SampleGroup]], None]:
     return partial(estimator, params=GroupNormalizedParams(normalize_std=config.algorithm.normalize_std))
 
 
-def make_recorder(config: Config, architecture: Architecture, tokenizer: Tokenizer, facts: dict[str, str]) -> Recorder:
-    """Console, sinks and summary; for rank 0."""
+def make_recorder(
+    config: Config,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    facts: dict[str, str],
+    at: Place,
+    resumed_after: int = 0,
+) -> Recorder:
+    """Console, sinks and summary; for rank 0. A run that goes on after a step writes the later ones anew."""
     steps, folder = config.training.steps, config.run_folder
+    if resumed_after:
+        roll_back(folder, resumed_after)
     sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl")]
     if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
+        sinks.append(TensorBoardSink(folder / "tensorboard", resumed_after + 1 if resumed_after else None))
     rollout_sink, batch_sink = None, None
     if config.objective != "sft":
         rollout_sink = RolloutSink(
@@ -172,4 +284,4 @@ def make_recorder(config: Config, architecture: Architecture, tokenizer: Tokeniz
     if config.objective == "rollout" or (config.objective == "rl" and config.rollout.save_batches):
         batch_sink = BatchSink(folder / "rollouts", config.rollout.temperature, architecture.vocab_size)
     console = Console(steps, _COLUMNS[config.objective])
-    return Recorder(steps, console, sinks, rollout_sink, folder, facts, config.logging.console_interval, batch_sink)
+    return Recorder(steps, console, sinks, rollout_sink, folder, facts, config.logging.console_interval, batch_sink, at)

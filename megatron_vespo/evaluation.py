@@ -38,6 +38,8 @@ class Evaluator:
         values: Values = {}
         for name, prompts in self.sets.items():
             groups = self.rollouts.evaluate(prompts, self.samples_per_prompt, self.sampling)
+            if not groups:  # asked to stop: half an evaluation is none
+                return {}
             values.update(evaluation_metrics(name, groups))
         return values
 

@@ -5,19 +5,21 @@
                  |                                              N minibatches  v
             weight sync <---- policy version + N <---- optimizer <---- packed microbatches -> log pi -> W -> phi -> loss
 
-Synchronous training is ``max_staleness: 0``; with more, the rollout service simply keeps generating meanwhile.
+Synchronous training is ``max_staleness: 0``; with more, the rollout service simply keeps generating meanwhile. A
+resumed run is the same loop with the progress of a checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_vespo import parallel
 from megatron_vespo.algorithms.loss import Aggregation
 from megatron_vespo.algorithms.weights import WeightKernel
 from megatron_vespo.batching import MicrobatchPlan, plan_microbatches, split_minibatches
+from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import Values, minibatch_metrics, rollout_metrics, supervised_metrics
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators
@@ -34,11 +36,15 @@ class RolloutSource(Protocol):
         """Begin, with the weights of policy version 0 pushed."""
 
     def next_batch(self) -> list[SampleGroup]:
-        """The next scored groups, the same on every rank."""
+        """The next scored groups, the same on every rank; none where the run shall stop."""
         ...
 
-    def release(self, n: int) -> None:
-        """Let new prompts in for ``n`` groups trained on."""
+    def release(self) -> None:
+        """Let new prompts in for the groups trained on."""
+
+    def metrics(self) -> Values:
+        """What happened since the last call; on rank 0."""
+        ...
 
 
 class WeightPush(Protocol):
@@ -59,6 +65,20 @@ class Evaluation(Protocol):
     def run(self) -> Values:
         """The metrics."""
         ...
+
+
+class Saving(Protocol):
+    """Checkpoints, and whether the run shall stop."""
+
+    def stopping(self) -> bool:
+        """Whether somebody asked the run to stop; the same on every rank."""
+        ...
+
+    def after_step(self, progress: Progress) -> None:
+        """Save what is due."""
+
+    def leave(self, progress: Progress) -> None:
+        """The run ends, in order: save what is not saved yet."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,8 @@ class Schedule:
         max_tokens_per_microbatch: Packing limit.
         microbatch_multiple: The number of microbatches is a multiple of this.
         cost: Time that a sequence of so many tokens takes, in any unit; it balances the ranks.
-        hf_interval: Steps between Hugging Face folders; 0: only after the last.
+        max_skipped_updates: Optimizer steps in a row that may be skipped for a bad gradient.
+        staleness_bound: Most optimizer steps between sampling a token and training on it; None: whatever it is.
     """
 
     steps: int
@@ -102,7 +123,8 @@ class Schedule:
     max_tokens_per_microbatch: int
     microbatch_multiple: int
     cost: Callable[[int], float]
-    hf_interval: int
+    max_skipped_updates: int
+    staleness_bound: int | None
 
     def plan(self, samples: Sequence[Sample]) -> MicrobatchPlan:
         """Microbatches of a minibatch for all data-parallel ranks."""
@@ -115,9 +137,15 @@ class Schedule:
             multiple_of=self.microbatch_multiple,
         )
 
-    def hf_due(self, step: int) -> bool:
-        """Whether to save after this step."""
-        return step == self.steps or bool(self.hf_interval and step % self.hf_interval == 0)
+    def check_staleness(self, samples: Sequence[Sample], policy_version: int) -> None:
+        """Assert the bound that admission keeps; a breach is a mistake in this program."""
+        for sample in samples:
+            staleness = sample.staleness(policy_version)
+            if self.staleness_bound is not None and staleness > self.staleness_bound:
+                raise RuntimeError(
+                    f"sample {sample.name} is {staleness} updates old, more than (max_staleness + 1) *"
+                    f" minibatches_per_step - 1 = {self.staleness_bound}"
+                )
 
 
 def train_rl(
@@ -128,17 +156,22 @@ def train_rl(
     algorithm: Algorithm,
     schedule: Schedule,
     recorder: Recorder,
-    save: Callable[[int], None],
-) -> Progress:
-    """Train with reinforcement learning; every rank runs this."""
-    progress = Progress()
-    weight_sync.push(progress.policy_version)
+    saving: Saving,
+    progress: Progress,
+) -> None:
+    """Train with reinforcement learning from ``progress`` on; every rank runs this."""
+    with recorder.timed("sync"):
+        weight_sync.push(progress.policy_version)
     rollouts.start()
-    recorder.record_start(evaluator.run())
-    while progress.step < schedule.steps:
+    with recorder.timed("evaluate"):
+        accuracy = evaluator.run() if progress.step == 0 else {}
+    recorder.record_start(accuracy)
+    while progress.step < schedule.steps and not saving.stopping():
         metrics = StepMetrics()
         with recorder.timed("generate"):
             groups = rollouts.next_batch()
+        if not groups:  # asked to stop while waiting
+            break
         algorithm.assign_advantages(groups)
         recorder.record_batch(progress.step + 1, groups, progress.policy_version)
         samples = [sample for group in groups for sample in group.samples]
@@ -147,13 +180,13 @@ def train_rl(
             if algorithm.recompute_log_mu:
                 _recompute_log_mu(policy, samples, schedule)
             for minibatch in split_minibatches(samples, schedule.minibatches_per_step):
-                table = _update(policy, minibatch, algorithm.objective(minibatch), schedule, metrics)
-                metrics.update(minibatch_metrics(minibatch, table, progress.policy_version))
+                schedule.check_staleness(minibatch, progress.policy_version)
+                table = _update(policy, minibatch, algorithm.objective(minibatch), schedule, metrics, progress)
+                metrics.update(minibatch_metrics(minibatch, table, progress.policy_version - 1))
                 log_w.update(zip((sample.name for sample in minibatch), table["log_w"].tolist(), strict=True))
-                progress.policy_version += 1
         with recorder.timed("sync"):
             metrics.update(weight_sync.push(progress.policy_version))
-        rollouts.release(len(groups))  # only now admit new prompts: this bounds the staleness
+        rollouts.release()  # only now admit new prompts: this bounds the staleness
 
         progress.step += 1
         metrics.update(rollout_metrics(groups))
@@ -161,10 +194,11 @@ def train_rl(
         if evaluator.due(progress.step, schedule.steps):
             with recorder.timed("evaluate"):
                 metrics.update(evaluator.run())
+        metrics.update(rollouts.metrics())
         recorder.record_step(progress.step, metrics, groups, log_w)
-        if schedule.hf_due(progress.step):
-            save(progress.step)
-    return progress
+        with recorder.timed("checkpoint"):
+            saving.after_step(progress)
+    saving.leave(progress)
 
 
 def train_sft(
@@ -172,35 +206,53 @@ def train_sft(
     batches: Iterator[list[Sample]],
     schedule: Schedule,
     recorder: Recorder,
-    save: Callable[[int], None],
-) -> Progress:
-    """Supervised next-token training; every rank runs this and draws the same batches."""
-    progress = Progress()
-    while progress.step < schedule.steps:
+    saving: Saving,
+    progress: Progress,
+) -> None:
+    """Supervised next-token training from ``progress`` on; every rank runs this and draws the same batches."""
+    while progress.step < schedule.steps and not saving.stopping():
         metrics = StepMetrics()
         minibatch = next(batches)
         with recorder.timed("train"):
-            table = _update(policy, minibatch, NextToken(denominators(minibatch)), schedule, metrics)
+            table = _update(policy, minibatch, NextToken(denominators(minibatch)), schedule, metrics, progress)
         metrics.update(supervised_metrics(minibatch, table))
-        progress = replace(progress, step=progress.step + 1, policy_version=progress.policy_version + 1)
+        progress.step += 1
         recorder.record_step(progress.step, metrics)
-        if schedule.hf_due(progress.step):
-            save(progress.step)
-    return progress
+        with recorder.timed("checkpoint"):
+            saving.after_step(progress)
+    saving.leave(progress)
 
 
 def _update(
-    policy: Policy, minibatch: Sequence[Sample], objective: Objective, schedule: Schedule, metrics: StepMetrics
+    policy: Policy,
+    minibatch: Sequence[Sample],
+    objective: Objective,
+    schedule: Schedule,
+    metrics: StepMetrics,
+    progress: Progress,
 ) -> Table:
-    """One optimizer step on one global minibatch."""
+    """One optimizer step on one global minibatch.
+
+    Raises:
+        UserError: The gradient was NaN or infinite once too often.
+    """
     plan = schedule.plan(minibatch)
     table = policy.forward_backward(minibatch, plan.ranks[parallel.data_parallel_rank()], objective)
     result = policy.optim_step()
+    progress.policy_version += 1
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+    if progress.skipped_in_a_row > schedule.max_skipped_updates:
+        raise UserError(
+            f"the gradient norm is {result.grad_norm}, and {progress.skipped_in_a_row} updates in a row were skipped"
+            " for that (training.max_skipped_updates); the weights are as before them: lower megatron.lr or go back to"
+            " an earlier checkpoint with --resume STEP"
+        )
     metrics.update(
         {
             "train/grad_norm": result.grad_norm,
             "train/grad_norm_max": result.grad_norm,
             "train/learning_rate": result.learning_rate,
+            "train/skipped_updates": float(result.skipped),
             **{f"train/{name}": value for name, value in result.router_losses.items()},
             "train/microbatches": plan.num_microbatches,
             "train/lockstep_efficiency": plan.efficiency,

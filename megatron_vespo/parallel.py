@@ -238,7 +238,7 @@ def gather_values[T](value: T, kind: type[T]) -> list[T]:
 
 
 def gather_on_main(value: Any) -> list[Any] | None:
-    """Values of all ranks, in rank order, on rank 0; None elsewhere."""
+    """Objects of all ranks, in rank order, on rank 0; None elsewhere. Pickled, as torch itself does for checkpoints."""
     values: list[Any] | None = [None] * world_size() if is_main() else None
     dist.gather_object(value, values)
     return values
@@ -267,12 +267,23 @@ def on_main(action: Callable[[], None]) -> None:
     Raises:
         UserError: What rank 0 raised, on every rank, so that none waits for a rank that has gone.
     """
-    message = ""
+
+    def act() -> bool:
+        action()
+        return True
+
+    ask_main(act)
+
+
+def ask_main(question: Callable[[], bool]) -> bool:
+    """Rank 0's answer, on every rank. Raises as :func:`on_main`."""
+    word = b""
     if is_main():
         try:
-            action()
+            word = b"yes" if question() else b"no"
         except UserError as error:
-            message = str(error) or type(error).__name__
-    message = broadcast_bytes(message.encode() if is_main() else None).decode()
-    if message:
-        raise UserError(message)
+            word = b"!" + (str(error) or type(error).__name__).encode()
+    word = broadcast_bytes(word if is_main() else None)
+    if word.startswith(b"!"):
+        raise UserError(word[1:].decode())
+    return word == b"yes"

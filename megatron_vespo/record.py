@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_vespo.metrics.console import Console
@@ -14,6 +14,8 @@ from megatron_vespo.metrics.sinks import MetricSink, RolloutSink
 from megatron_vespo.metrics.timers import Timers
 from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.types import SampleGroup
+
+Place = Callable[[str], AbstractContextManager[None]]
 
 
 class Recorder:
@@ -28,6 +30,7 @@ class Recorder:
         facts: What the summary says of the run besides its metrics.
         console_interval: Steps between lines on the console.
         batch_sink: Where whole rollout batches go; None elsewhere, or if they are not kept.
+        at: Says where this rank is, for whoever watches it.
     """
 
     def __init__(
@@ -40,10 +43,11 @@ class Recorder:
         facts: Mapping[str, str],
         console_interval: int = 1,
         batch_sink: BatchSink | None = None,
+        at: Place = lambda place: nullcontext(),
     ) -> None:
         self._total_steps, self._console, self._sinks = total_steps, console, sinks
         self._rollout_sink, self._run_folder, self._facts = rollout_sink, run_folder, facts
-        self._console_interval, self._batch_sink = console_interval, batch_sink
+        self._console_interval, self._batch_sink, self._at = console_interval, batch_sink, at
         self._accuracy: dict[str, list[float]] = {}
         self._timers = Timers()
         self._step_began = time.monotonic()
@@ -51,17 +55,18 @@ class Recorder:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Count the time of the body as this phase of the step."""
-        with self._timers(phase):
+        with self._timers(phase), self._at(phase):
             yield
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Announce something slow outside the steps."""
-        if self._console is None:
-            yield
-        else:
-            with self._console.phase(name):
+        with self._at(name):
+            if self._console is None:
                 yield
+            else:
+                with self._console.phase(name):
+                    yield
 
     def message(self, text: str) -> None:
         """Say something on the console."""

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from megatron_vespo import connect
 from megatron_vespo.checks import describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.data.tokenizer import load_tokenizer
-from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import Evaluator
 from megatron_vespo.metrics.measure import rollout_metrics
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.record import Recorder
-from megatron_vespo.rollout.protocol import UNPUSHED
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
+from megatron_vespo.stopping import StopRequest
 from megatron_vespo.types import SampleGroup
 
 # The version of the weights that model.hf_path holds and that training starts from.
 STARTING_VERSION = 0
 
 
-def generate(config: Config, server: SGLangServer | None, stack: ExitStack) -> None:
+def generate(
+    config: Config,
+    server: SGLangServer | None,
+    stack: ExitStack,
+    stop: StopRequest,
+) -> None:
     """Run from assembly to summary.
 
     Args:
         config: Configuration.
         server: The SGLang server of this run; None where ``rollout.server.url`` names some.
         stack: Takes what must be closed at the end.
+        stop: Whether this process was asked to stop.
 
     Raises:
         UserError: Data, reward or server are not as they should be, or a trainer pushed weights to this server.
@@ -38,21 +43,25 @@ def generate(config: Config, server: SGLangServer | None, stack: ExitStack) -> N
     architecture = load_architecture(config.model.hf_path)
     tokenizer = load_tokenizer(config.model.hf_path)
     facts = {"objective": config.objective, "model": config.model.hf_path, "layout": describe_layout(config, 1)}
-    recorder = connect.make_recorder(config, architecture, tokenizer, facts)
+    recorder = connect.make_recorder(config, architecture, tokenizer, facts, lambda place: nullcontext())
     stack.callback(recorder.finish)
     with recorder.phase("connecting to SGLang"):
-        connection = connect.connect(config, architecture, tokenizer, server, unpushed_version=STARTING_VERSION)
-        for control in connection.controls:
-            stack.callback(control.close)
-    for control, info in zip(connection.controls, connection.infos, strict=True):
-        if info.weight_version not in (UNPUSHED, str(STARTING_VERSION)):
-            raise UserError(
-                f"{control.base_url} serves weight version {info.weight_version}, which a trainer pushed; objective"
-                " rollout needs the weights that the server loaded: restart it"
-            )
-        recorder.message(f"no trainer: sampling from {info.model_path} as {control.base_url} loaded it")
-    service = RolloutService(connection.engine, _one_rank, config.rollout.prompts_per_step)
+        connection = connect.connect(
+            config,
+            architecture,
+            tokenizer,
+            server,
+            stack,
+            announce=recorder.message,
+            stop_requested=lambda: stop.requested,
+            unpushed_version=STARTING_VERSION,
+        )
+    for member in connection.fleet.members:
+        assert member.info is not None
+        recorder.message(f"no trainer: sampling from {member.info.model_path} as {member.url} loaded it")
+    service = RolloutService(connection.engine, _one_rank, _no_push)
     stack.callback(service.close)
+    stop.defer()  # from here on the loop asks
     run_rollouts(
         service,
         connect.make_evaluator(config, service, connection),
@@ -76,10 +85,13 @@ def run_rollouts(
         metrics = StepMetrics()
         with recorder.timed("generate"):
             groups = rollouts.next_batch()
-        rollouts.release(len(groups))  # nobody trains on them: the next may begin
+        if not groups:  # asked to stop
+            break
+        rollouts.release()  # nobody trains on them: the next may begin
         assign_advantages(groups)
         recorder.record_batch(step, groups, STARTING_VERSION)
         metrics.update(rollout_metrics(groups))
+        metrics.update(rollouts.metrics())
         recorder.record_step(step, metrics, groups)
 
 
@@ -87,3 +99,7 @@ def _one_rank(payload: bytes | None) -> bytes:
     """The broadcast among one rank."""
     assert payload is not None
     return payload
+
+
+def _no_push() -> None:
+    """A server that was started again has the weights it loaded, and they are the ones."""

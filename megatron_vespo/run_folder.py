@@ -6,7 +6,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from megatron_vespo.checkpoint_folder import choose, list_checkpoints
 from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_write
@@ -24,32 +24,20 @@ from megatron_vespo.files import atomic_write
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 
-_CHECKPOINT = re.compile(r"iter_(\d{7})")
 # What a file system says that knows no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps whose complete checkpoints are in a run folder, in ascending order."""
-    names = (_CHECKPOINT.fullmatch(path.name) for path in (folder / "checkpoints").glob("iter_*"))
-    return sorted(int(name[1]) for name in names if name)
 
 
 def resume_step(config: Config) -> int | None:
     """The step whose checkpoint the run goes on from; None for one that starts at the beginning.
 
     Raises:
-        UserError: ``run.resume`` names a step without a complete checkpoint.
+        UserError: ``run.resume`` names a step without a checkpoint.
     """
-    resume, steps = config.run.resume, checkpoint_steps(config.run_folder)
-    if resume == "never":
+    resume, checkpoints = config.run.resume, config.run_folder / "checkpoints"
+    if resume == "never" or (resume == "auto" and not list_checkpoints(checkpoints)):
         return None
-    if resume == "auto":
-        return steps[-1] if steps else None
-    if resume not in steps:
-        there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none"
-        raise UserError(f"run.resume: no complete checkpoint of step {resume} in {config.run_folder}; {there}")
-    return resume
+    return choose(checkpoints, None if resume == "auto" else resume)
 
 
 def check_run_folder(config: Config) -> None:

@@ -21,7 +21,7 @@ from megatron_vespo.logs import RankLog, report_once
 from megatron_vespo.processes import a_local_rank_is_gone
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.server import SGLangServer
-from megatron_vespo.run_folder import check_run_folder, locked, prepare_run_folder
+from megatron_vespo.run_folder import check_run_folder, locked, prepare_run_folder, resume_step
 from megatron_vespo.stopping import StopRequest, announce_stop
 
 # Seconds that a rank gets to close what is open after an error. The others may hang in a collective with it meanwhile.
@@ -138,17 +138,23 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
         from megatron_vespo.rollout_only import generate
 
         log.write_to(config.run_folder / "logs" / "rank_0.log")
-        generate(config, server, stack)
+        generate(config, server, stack, stop)
         return
     from megatron_vespo import parallel
     from megatron_vespo.training import train
+    from megatron_vespo.watchdog import Watchdog
 
     # Collectives give up later than the watchdog, which says more.
     parallel.initialize(config.megatron, config.run.seed, timeout_minutes=config.run.stuck_timeout / 60 + 5)
     stack.callback(parallel.shutdown)
     # Only now: rank 0 made the run folder before it joined the others.
-    log.write_to(config.run_folder / "logs" / f"rank_{parallel.rank()}.log")
-    train(config, server, stack, layout=describe_layout(config, parallel.world_size()))
+    logs = config.run_folder / "logs"
+    log.write_to(logs / f"rank_{parallel.rank()}.log")
+    watchdog = Watchdog(config.run.stuck_timeout, logs)
+    watchdog.start()
+    stack.callback(watchdog.stop)
+    layout = describe_layout(config, parallel.world_size())
+    train(config, server, stack, layout=layout, resume_after=resume_step(config), stop=stop, at=watchdog.at)
 
 
 def start_server(config: Config) -> SGLangServer:

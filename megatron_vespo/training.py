@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
+
+import msgspec
 
 from megatron_vespo import assemble, parallel
 from megatron_vespo.config import Config
+from megatron_vespo.data.sft import SupervisedStream
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.loop import train_rl, train_sft
 from megatron_vespo.models.registry import load_architecture
+from megatron_vespo.record import Place
 from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.saving import restore
+from megatron_vespo.stopping import StopRequest
+from megatron_vespo.types import Progress
 
 
-def train(config: Config, server: SGLangServer | None, stack: ExitStack, *, layout: str) -> None:
+def train(
+    config: Config,
+    server: SGLangServer | None,
+    stack: ExitStack,
+    *,
+    layout: str,
+    resume_after: int | None,
+    stop: StopRequest,
+    at: Place,
+) -> None:
     """Run one rank from assembly to summary.
 
     Args:
@@ -20,29 +37,53 @@ def train(config: Config, server: SGLangServer | None, stack: ExitStack, *, layo
         server: The SGLang server that this rank started, if it did.
         stack: Takes what must be closed at the end.
         layout: Parallel layout in words.
+        resume_after: Step whose checkpoint the run goes on from; None: it begins.
+        stop: Whether this process was asked to stop.
+        at: Says where this rank is, for whoever watches it.
     """
     architecture = load_architecture(config.model.hf_path)
     tokenizer = load_tokenizer(config.model.hf_path)
     facts = {"objective": config.objective, "model": config.model.hf_path, "layout": layout}
     if config.rollout.replay is not None:
         facts["rollouts"] = f"replayed from {config.rollout.replay}"
-    recorder = assemble.make_recorder(config, architecture, tokenizer, facts)
+    recorder = assemble.make_recorder(config, architecture, tokenizer, facts, at, resume_after or 0)
     stack.callback(recorder.finish)
     rollouts = None
     if config.rollout.replay is not None:
         rollouts = assemble.make_replay(config, architecture)  # before the model: the files may not fit
         recorder.message(f"no server: training on the rollout batches in {config.rollout.replay}, without evaluation")
     schedule = assemble.make_schedule(config, architecture)
+    progress, data = Progress(), None
     with recorder.phase(f"building the model ({layout})"):
-        trainer = assemble.make_trainer(config, architecture)
+        trainer = assemble.make_trainer(config, architecture, resumes=resume_after is not None)
+    if resume_after is not None:
+        with recorder.phase(f"restoring the checkpoint of step {resume_after}"):
+            progress, data = restore(trainer.checkpoints, resume_after, recorder.message)
+    stop.defer()  # from here on the loop asks
     if config.objective == "sft":
-        batches = assemble.make_sft_batches(config, architecture, tokenizer)
-        train_sft(trainer.policy, batches, schedule, recorder, trainer.save)
+        stream = assemble.make_sft_stream(config, architecture, tokenizer)
+        if data is not None:
+            stream.load_state_dict(msgspec.json.decode(data))
+        state = partial(_encode, stream)
+        saver = assemble.make_saver(config, trainer, state, lambda: stop.requested, recorder.message)
+        batches = assemble.sft_batches(stream, config.training.samples_per_step)
+        train_sft(trainer.policy, batches, schedule, recorder, saver, progress)
         return
     algorithm = assemble.make_algorithm(config)
     if rollouts is None:
         with recorder.phase("connecting to SGLang"):
-            rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, server, stack)
+            rollouts = assemble.make_rollouts(
+                config,
+                architecture,
+                tokenizer,
+                trainer.exporter,
+                server,
+                stack,
+                announce=recorder.message,
+                stop_requested=lambda: stop.requested,
+            )
+    if data is not None:
+        parallel.on_main(partial(rollouts.service.restore, data))
     train_rl(
         trainer.policy,
         rollouts.service,
@@ -51,6 +92,11 @@ def train(config: Config, server: SGLangServer | None, stack: ExitStack, *, layo
         algorithm,
         schedule,
         recorder,
-        trainer.save,
+        assemble.make_saver(config, trainer, rollouts.service.state, lambda: stop.requested, recorder.message),
+        progress,
     )
     parallel.barrier()
+
+
+def _encode(stream: SupervisedStream) -> bytes:
+    return msgspec.json.encode(stream.state_dict())

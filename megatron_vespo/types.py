@@ -95,6 +95,11 @@ class SampleGroup:
     prompt: Prompt
     samples: list[Sample]
 
+    @property
+    def has_equal_rewards(self) -> bool:
+        """Whether no sample that could be scored is better than another: nothing can be learned from the group."""
+        return len({sample.reward for sample in self.samples if not sample.reward_error}) <= 1
+
 
 @dataclass(slots=True)
 class Progress:
@@ -102,12 +107,10 @@ class Progress:
 
     Attributes:
         step: Rollout batches trained on.
-        policy_version: Optimizer steps taken; version 0 is the starting policy.
-        samples: Samples trained on.
-        tokens: Prompt and response tokens trained on.
+        policy_version: Optimizer steps taken, skipped ones included; version 0 is the starting policy.
+        skipped_in_a_row: Optimizer steps skipped since the last good one.
     """
 
     step: int = 0
     policy_version: int = 0
-    samples: int = 0
-    tokens: int = 0
+    skipped_in_a_row: int = 0

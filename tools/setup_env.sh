@@ -28,6 +28,6 @@ export UV_LINK_MODE=${UV_LINK_MODE:-hardlink}
 unset PYTHONDONTWRITEBYTECODE # uv would then compile nothing, and every server start would take 40 s more
 "${install[@]}" --requirement tools/requirements-cpu.txt
 # Without its own requirements, which are 4 GB of CUDA kernels that a CPU cannot use.
-"${install[@]}" --no-deps sglang
+"${install[@]}" --no-deps sglang sglang-router
 "${install[@]}" --no-deps --no-build-isolation --editable .
 echo "$folder is ready"

@@ -62,6 +62,11 @@ class SupervisedStream:
         self._examples = examples
         self._order = EndlessOrder(len(examples), seed, shuffle)
 
+    @property
+    def position(self) -> int:
+        """Number of the next example."""
+        return self._order.position
+
     def __iter__(self) -> Iterator[SupervisedExample]:
         return self
 

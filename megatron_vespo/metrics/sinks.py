@@ -61,16 +61,20 @@ class JsonlSink:
 class TensorBoardSink:
     """Scalars for TensorBoard, under the same names. A value of None leaves no point.
 
+    Args:
+        folder: Of the event files.
+        purge_step: Points of an earlier attempt from this step on are hidden.
+
     Raises:
         UserError: The ``tensorboard`` package is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("TensorBoard output needs the package: pip install tensorboard") from error
-        self._writer = SummaryWriter(os.fspath(folder))
+        self._writer = SummaryWriter(os.fspath(folder), purge_step=purge_step)
 
     def write(self, step: int, metrics: MetricValues) -> None:
         """Add one point to each curve."""

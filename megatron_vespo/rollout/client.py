@@ -74,6 +74,7 @@ class SGLangClient:
         sampling: SamplingParams,
         max_new_tokens: int | None = None,
         seed: int | None = None,
+        cache_key: str | None = None,
     ) -> Generation:
         """Sample one response to ``input_ids``.
 
@@ -83,6 +84,7 @@ class SGLangClient:
             max_new_tokens: Instead of ``sampling``'s, where a response is being continued.
             seed: Determines the response, together with the weights, where the server runs deterministic inference. A
                 continuation takes the same one.
+            cache_key: Share cached prefixes only with requests of the same key.
 
         Raises:
             UserError: bad ids or a request beyond the context; nothing is sent then.
@@ -91,7 +93,7 @@ class SGLangClient:
         limit = sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
         protocol.check_ids(ids, self.vocab_size, self.base_url)
         protocol.check_length(len(ids), limit, await self.limits(), self.base_url)
-        answer = await self._send(protocol.generate_request(ids, sampling, limit, seed))
+        answer = await self._send(protocol.generate_request(ids, sampling, limit, seed, cache_key))
         return protocol.parse_generation(self.base_url, answer, self._unpushed_version)
 
     async def score(self, input_ids: TokenIds, start: int) -> FloatArray:
@@ -113,6 +115,10 @@ class SGLangClient:
         """The same, asked once: lengths do not change while a server lives."""
         async with self._asking:  # hundreds of first requests must not all ask
             return self._info or await self.info()
+
+    def assume(self, info: ServerInfo) -> None:
+        """Take these limits instead of asking: a router has none of its own."""
+        self._info = info
 
     async def close(self) -> None:
         """Close all connections; requests in flight fail."""

@@ -12,6 +12,12 @@ from megatron_vespo.rollout import protocol
 from megatron_vespo.rollout.keys import headers
 from megatron_vespo.rollout.protocol import Request, ServerError, ServerInfo, TensorList
 
+PauseMode = Literal["retract", "in_place", "abort"]
+
+READY_TIMEOUT = 5.0
+QUICK_TIMEOUT = 60.0  # for what needs no work but an answer
+HEALTH_TIMEOUT = 30.0  # SGLang itself waits 20 s for its scheduler
+
 
 class SGLangControl:
     """Controls one server.
@@ -29,6 +35,7 @@ class SGLangControl:
         base_url: Address, ``http://host:port``.
         timeout: Seconds a request may take; loading a large model from disk is the slowest.
         transport: Instead of the network, for tests.
+        flush_cache: Whether an update flushes the KV and prefix caches, which needs all requests retracted or aborted.
         api_key: The server's, if it has one.
 
     All methods raise :class:`ServerError` naming the address, the route and what the server said, and
@@ -41,8 +48,10 @@ class SGLangControl:
         *,
         timeout: float = 600.0,
         transport: httpx.BaseTransport | None = None,
+        flush_cache: bool = True,
         api_key: str | None = None,
     ) -> None:
+        self._flush_cache = flush_cache
         self.base_url = base_url.rstrip("/")
         self._http = httpx.Client(
             base_url=self.base_url,
@@ -54,32 +63,37 @@ class SGLangControl:
         )
 
     def ready(self) -> bool:
-        """Whether the server takes requests; False also where nothing listens. Instant."""
-        return self._succeeds(protocol.READY)
+        """Whether the server takes requests; False while it is paused, and where nothing listens. Instant."""
+        return self._succeeds(protocol.READY, READY_TIMEOUT)
+
+    def alive(self) -> bool:
+        """Whether anything answers, also while the server is paused. Instant."""
+        return self._succeeds(protocol.MODEL_INFO, READY_TIMEOUT)
 
     def health(self) -> bool:
         """Whether the server really generates: it samples a token, which takes 1 s, or 20 s if the scheduler hangs."""
-        return self._succeeds(protocol.HEALTH)
+        return self._succeeds(protocol.HEALTH, HEALTH_TIMEOUT)
 
     def info(self) -> ServerInfo:
         """What the server says of itself."""
-        return protocol.parse_info([self._send(request) for request in protocol.INFO_REQUESTS])
+        return protocol.parse_info([self._send(request, QUICK_TIMEOUT) for request in protocol.INFO_REQUESTS])
 
     def weight_version(self) -> int:
         """Policy version of the weights it has now. A ServerError if none was ever pushed."""
-        return protocol.parse_version(self.base_url, self._send(protocol.MODEL_INFO)["weight_version"])
+        return protocol.parse_version(self.base_url, self._send(protocol.MODEL_INFO, QUICK_TIMEOUT)["weight_version"])
 
-    def pause_generation(self, mode: Literal["retract", "in_place", "abort"] = "retract") -> None:
+    def pause_generation(self, mode: PauseMode = "retract") -> None:
         """Stop sampling until :meth:`continue_generation`.
 
-        Only ``retract`` (with the cache flushed by the update) is exact: ``in_place`` goes on with the old weights' KV
-        cache and attributes a token to the wrong version, ``abort`` returns partial responses and takes a second.
+        ``retract`` (with the cache flushed by the update) and ``abort``, which returns partial responses and takes a
+        second, are exact: ``in_place`` goes on with the old weights' KV cache and attributes a token to the wrong
+        version. Its updates must not flush the cache, since requests are running.
         """
-        self._send(Request("/pause_generation", {"mode": mode}))
+        self._send(Request("/pause_generation", {"mode": mode}), QUICK_TIMEOUT)
 
     def continue_generation(self) -> None:
         """Sample again."""
-        self._send(protocol.CONTINUE_GENERATION)
+        self._send(protocol.CONTINUE_GENERATION, QUICK_TIMEOUT)
 
     def begin_weight_update(self) -> None:
         """Open a weight update: weights packed at load time become loadable again."""
@@ -101,7 +115,7 @@ class SGLangControl:
         self._send(
             Request(
                 "/update_weights_from_disk",
-                {"model_path": str(folder), "weight_version": str(version), "flush_cache": True},
+                {"model_path": str(folder), "weight_version": str(version), "flush_cache": self._flush_cache},
             )
         )
 
@@ -159,7 +173,7 @@ class SGLangControl:
                     "group_name": group_name,
                     "weight_version": str(version),
                     "load_format": load_format,
-                    "flush_cache": True,
+                    "flush_cache": self._flush_cache,
                 },
             )
         )
@@ -182,14 +196,14 @@ class SGLangControl:
                     "serialized_named_tensors": [payload] * workers,
                     "load_format": loader,
                     "weight_version": None if version is None else str(version),
-                    "flush_cache": True,
+                    "flush_cache": self._flush_cache,
                 },
             )
         )
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes. A ServerError while requests run."""
-        self._send(protocol.FLUSH_CACHE)
+        self._send(protocol.FLUSH_CACHE, QUICK_TIMEOUT)
 
     def abort_all(self) -> None:
         """End all running requests; they return what they have, with finish reason ``abort``."""
@@ -207,16 +221,18 @@ class SGLangControl:
     ) -> None:
         self.close()
 
-    def _succeeds(self, request: Request) -> bool:
+    def _succeeds(self, request: Request, timeout: float) -> bool:
         try:
-            self._send(request)
+            self._send(request, timeout)
         except ServerError:
             return False
         return True
 
-    def _send(self, request: Request) -> Any:
+    def _send(self, request: Request, timeout: float | None = None) -> Any:
         try:
-            response = self._http.request(request.method, request.route, json=request.body)
+            response = self._http.request(
+                request.method, request.route, json=request.body, timeout=timeout or self._http.timeout
+            )
         except httpx.TransportError as error:
             timed_out = isinstance(error, httpx.TimeoutException)
             raise protocol.connection_error(self.base_url, request, error, timed_out=timed_out) from error

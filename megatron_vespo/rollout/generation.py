@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import inspect
-import math
 from collections.abc import Callable, Coroutine, Sequence
-from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_vespo.errors import UserError
-from megatron_vespo.rewards.loader import RewardFunction
-from megatron_vespo.rollout.client import SGLangClient, TokenIds
-from megatron_vespo.rollout.protocol import Generation, ServerError
+from megatron_vespo.rewards.failures import RewardFailure
+from megatron_vespo.rollout.client import TokenIds
+from megatron_vespo.rollout.protocol import Generation, ServerError, ServerInfo
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.types import FINISH_ABORT, FINISH_LENGTH, Prompt, Sample, SampleGroup
 
@@ -26,34 +22,58 @@ MAX_FRUITLESS_RESUMES = 100
 RESUME_PAUSE_SECONDS = 0.05
 
 
+class Generator(Protocol):
+    """Where responses are sampled: a server, or a route to one of several."""
+
+    async def generate(
+        self, input_ids: TokenIds, sampling: SamplingParams, max_new_tokens: int | None = None, seed: int | None = None
+    ) -> Generation:
+        """Sample one response."""
+        ...
+
+    async def limits(self) -> ServerInfo:
+        """The lengths that it takes."""
+        ...
+
+
+class Scorer(Protocol):
+    """Where samples are scored."""
+
+    async def score(self, sample: Sample) -> float:
+        """The reward; a RewardFailure where there is none."""
+        ...
+
+
 async def generate_group(
-    client: SGLangClient,
+    generator: Generator,
     prompt: Prompt,
     n: int,
     sampling: SamplingParams,
     decode: Decode,
-    reward: RewardFunction,
+    scorer: Scorer,
     seed: int | None = None,
+    finished: list[Sample] | None = None,
 ) -> SampleGroup:
     """Sample ``n`` responses by separate concurrent requests and score each as soon as it is complete.
 
     Args:
-        client: Where to sample.
+        generator: Where to sample.
         prompt: What to answer.
         n: Samples in the group.
         sampling: How to sample.
         decode: Token ids to text, special tokens kept.
-        reward: Score of a sample. An ordinary function runs in a thread, a coroutine function in the event loop.
+        scorer: Scores a sample. One that cannot be scored gets reward 0 and the reason.
         seed: Of the run: with deterministic inference it determines every response. None: unseeded.
+        finished: Samples that are finished already, which are not drawn again; each that gets finished is added.
 
     Raises:
-        UserError: the server failed, or the reward function raised or returned no finite number. The other requests
-            of the group are cancelled.
+        UserError: a request cannot be answered. The other requests of the group are cancelled.
     """
+    finished = [] if finished is None else finished
 
-    async def one(index: int) -> Sample:
+    async def one(index: int) -> None:
         own_seed = None if seed is None else sample_seed(seed, prompt.index, index)
-        generation = await generate_to_end(client, prompt.input_ids, sampling, own_seed)
+        generation = await generate_to_end(generator, prompt.input_ids, sampling, own_seed)
         sample = Sample(
             prompt,
             index,
@@ -63,10 +83,15 @@ async def generate_group(
             generation.finish_reason,
             decode(generation.response_ids.tolist()),
         )
-        sample.reward = await score(reward, sample)
-        return sample
+        try:
+            sample.reward = await scorer.score(sample)
+        except RewardFailure as failure:
+            sample.reward_error = str(failure)
+        finished.append(sample)
 
-    return SampleGroup(prompt, await gather_or_first_error([one(index) for index in range(n)]))
+    there = {sample.index for sample in finished}
+    await gather_or_first_error([one(index) for index in range(n) if index not in there])
+    return SampleGroup(prompt, sorted(finished, key=lambda sample: sample.index))
 
 
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
@@ -86,47 +111,25 @@ async def gather_or_first_error[T](work: Sequence[Coroutine[Any, Any, T]]) -> li
 
 
 async def generate_to_end(
-    client: SGLangClient, input_ids: TokenIds, sampling: SamplingParams, seed: int | None = None
+    generator: Generator, input_ids: TokenIds, sampling: SamplingParams, seed: int | None = None
 ) -> Generation:
     """Sample one response, resuming it from where it stands whenever it is aborted.
 
     Each part keeps its own log-probs and weight versions, so the joined response is exact.
     """
-    response = await client.generate(input_ids, sampling, seed=seed)
+    response = await generator.generate(input_ids, sampling, seed=seed)
     fruitless = 0
     while response.finish_reason == FINISH_ABORT:
         so_far = [*input_ids, *response.response_ids]
         left = sampling.max_new_tokens - len(response.response_ids)
         # A response aborted a few tokens before the context's end is too long to be a prompt.
-        if left <= 0 or len(so_far) > (await client.limits()).max_prompt_tokens:
+        if left <= 0 or len(so_far) > (await generator.limits()).max_prompt_tokens:
             return dataclasses.replace(response, finish_reason=FINISH_LENGTH)
-        part = await client.generate(so_far, sampling, left, seed)
+        part = await generator.generate(so_far, sampling, left, seed)
         fruitless = 0 if len(part.response_ids) else fruitless + 1
         if fruitless > MAX_FRUITLESS_RESUMES:
-            raise ServerError(f"{client.base_url}: a request was aborted {fruitless} times without getting a token")
+            raise ServerError(f"a request was aborted {fruitless} times without getting a token")
         if fruitless:
             await asyncio.sleep(RESUME_PAUSE_SECONDS)
         response = response + part
     return response
-
-
-async def score(reward: RewardFunction, sample: Sample) -> float:
-    """The sample's reward.
-
-    Raises:
-        UserError: the function raised, or returned no finite number; names the function and the sample.
-    """
-    name = f"reward function {getattr(reward, '__module__', '?')}.{getattr(reward, '__qualname__', repr(reward))}"
-    try:
-        if inspect.iscoroutinefunction(reward):
-            value = await reward(sample)
-        else:
-            # In a thread: a slow checker must not keep the event loop from feeding the server.
-            value = await asyncio.to_thread(reward, sample)
-            if inspect.isawaitable(value):
-                value = await value
-    except Exception as error:
-        raise UserError(f"{name} failed on sample {sample.name}: {type(error).__name__}: {error}") from error
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise UserError(f"{name} returned {value!r} for sample {sample.name}; it must return one finite number")
-    return float(value)

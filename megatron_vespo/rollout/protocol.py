@@ -26,6 +26,8 @@ CONNECT_TIMEOUT_SECONDS = 60.0  # a loaded machine accepts late; where nothing l
 # a request may race with that.
 KEEPALIVE_SECONDS = 2.0
 MESSAGE_LENGTH = 800
+# What a router answers for a worker that is gone, and a server that is about to go.
+GATEWAY_FAILURES = (502, 503, 504)
 
 
 class ServerError(UserError):
@@ -33,7 +35,23 @@ class ServerError(UserError):
 
 
 class ServerGoneError(ServerError):
-    """The connection failed: the server died, was never there, or does not answer."""
+    """The connection failed: the server died, was never there, or does not answer.
+
+    Attributes:
+        url: Its address; empty where it is one of several.
+    """
+
+    def __init__(self, message: str, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
+
+
+class ServerTimeoutError(ServerGoneError):
+    """No answer in time: the server hangs, or the time is too short."""
+
+
+class UnpushedError(ServerError):
+    """The server generates with weights that nobody pushed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +123,16 @@ INFO_REQUESTS = (MODEL_INFO, MODELS, SERVER_INFO)
 
 
 def generate_request(
-    input_ids: Sequence[int], sampling: SamplingParams, max_new_tokens: int, seed: int | None = None
+    input_ids: Sequence[int],
+    sampling: SamplingParams,
+    max_new_tokens: int,
+    seed: int | None = None,
+    cache_key: str | None = None,
 ) -> Request:
     """Sample one response, with log-probs. ``seed`` is for servers with deterministic inference; others ignore it."""
     params = sampling.body(max_new_tokens) | ({} if seed is None else {"sampling_seed": seed})
-    return Request("/generate", {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True})
+    body = {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True}
+    return Request("/generate", body | ({} if cache_key is None else {"extra_key": cache_key}))
 
 
 def score_request(input_ids: Sequence[int], start: int) -> Request:
@@ -151,7 +174,7 @@ def parse_response(url: str, request: Request, status: int, content: bytes) -> A
     """The decoded answer of this status and body.
 
     Raises:
-        ServerError: an error status, or ``success: false``.
+        ServerError: an error status, or ``success: false``; :class:`ServerGoneError` where the status says so.
     """
     where = f"{url}{request.route}"
     try:
@@ -160,14 +183,16 @@ def parse_response(url: str, request: Request, status: int, content: bytes) -> A
         answer = {"message": content.decode(errors="replace")}
     if 200 <= status < 300 and not (isinstance(answer, dict) and answer.get("success") is False):
         return answer
-    raise ServerError(f"{where} failed with status {status}: {_message(answer)[:MESSAGE_LENGTH]}")
+    kind = ServerGoneError if status in GATEWAY_FAILURES else ServerError
+    raise kind(f"{where} failed with status {status}: {_message(answer)[:MESSAGE_LENGTH]}")
 
 
 def connection_error(url: str, request: Request, error: Exception, *, timed_out: bool) -> ServerGoneError:
     """The error for a request that got no answer: what the HTTP library raised, and whether that was a timeout."""
     if timed_out:
-        return ServerGoneError(f"{url}{request.route}: no answer in time ({type(error).__name__}): the server hangs")
-    return ServerGoneError(f"{url}{request.route}: the server is gone or unreachable ({type(error).__name__}: {error})")
+        return ServerTimeoutError(f"{url}{request.route}: no answer in time ({type(error).__name__})", url)
+    reason = f"{type(error).__name__}: {error}"
+    return ServerGoneError(f"{url}{request.route}: the server is gone or unreachable ({reason})", url)
 
 
 def parse_info(answers: Sequence[Any]) -> ServerInfo:
@@ -239,7 +264,7 @@ def parse_version(where: str, version: Any, unpushed_version: int | None = None)
         return unpushed_version
     if text.isascii() and text.isdigit():
         return int(text)
-    raise ServerError(
+    raise UnpushedError(
         f"{where}: the server's weights have version {text!r}, not a policy version: push weights before generating"
     )
 

@@ -97,8 +97,20 @@ class ReplayService:
         reader = self._reader
         return share_groups(self._broadcast, None if reader is None else lambda: self._read(reader))
 
-    def release(self, n: int) -> None:
+    def release(self) -> None:
         """Nothing to do: no batch is generated."""
+
+    def metrics(self) -> dict[str, float | None]:
+        """None: nothing is generated."""
+        return {}
+
+    def state(self) -> bytes | None:
+        """On rank 0 how many batches were handed out; None elsewhere."""
+        return None if self._reader is None else str(self._number).encode()
+
+    def restore(self, data: bytes) -> None:
+        """Go on with the batch after those; the next push tells the policy version."""
+        self._number = int(data)
 
     def _read(self, reader: BatchReader) -> list[SampleGroup]:
         batch = reader.read(self._number)

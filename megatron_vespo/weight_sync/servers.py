@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from urllib.parse import urlsplit
@@ -18,7 +19,10 @@ from torch.distributed import distributed_c10d
 
 from megatron_vespo import platform
 from megatron_vespo.errors import UserError
+from megatron_vespo.rendezvous import store_listening_on
 from megatron_vespo.rollout.control import SGLangControl
+from megatron_vespo.rollout.fleet import Member
+from megatron_vespo.rollout.protocol import ServerGoneError
 from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.sglang_weights.wire import Request
 
@@ -54,20 +58,32 @@ def join_group(store: dist.Store, *, world_size: int, name: str, backend: str) -
 
 
 class Servers:
-    """Does the same on all servers at once; on rank 0.
+    """Does the same on all servers that get the push at once; on rank 0.
 
     One process group (gloo on CPU, NCCL on GPU) holds rank 0 and the workers of all servers, formed when it is first
-    needed: what rank 0 broadcasts reaches every server in one collective.
-
-    Args:
-        controls: Their control routes.
-        workers: Processes of each that hold weights: its tensor-parallel size.
+    needed, and anew when other servers, or other lives of the same, are chosen: what rank 0 broadcasts reaches every
+    server in one collective.
     """
 
-    def __init__(self, controls: Sequence[SGLangControl], workers: Sequence[int]) -> None:
-        self.controls, self.workers = tuple(controls), tuple(workers)
-        self.group_name = f"megatron_vespo_{uuid.uuid4().hex[:12]}"
+    def __init__(self) -> None:
+        self.controls: tuple[SGLangControl, ...] = ()
+        self.workers: tuple[int, ...] = ()
+        self.group_name = ""
+        self._lives: list[tuple[str, int]] = []
         self._group: dist.ProcessGroup | None = None
+
+    def choose(self, members: Sequence[Member]) -> None:
+        """These servers get the next push."""
+        lives = [(member.url, member.lives) for member in members]
+        if lives == self._lives and self.group_name:
+            return
+        self.leave()
+        self._lives = lives
+        self.controls = tuple(member.control for member in members)
+        # Processes of each that hold weights.
+        self.workers = tuple(member.info.tensor_parallel_size for member in members if member.info is not None)
+        self.group_name = f"megatron_vespo_{uuid.uuid4().hex[:12]}"
+        self.abandon_update()  # of a trainer that died in the middle of a push
 
     @property
     def urls(self) -> str:
@@ -96,8 +112,7 @@ class Servers:
         # Asynchronous, so that a server that refuses is heard at once and not when the collective times out.
         work = dist.broadcast(flat, src=0, group=self._join(), async_op=True)
         self.each(announce)
-        assert work is not None
-        work.wait()
+        self._finish(work)
 
     def gather(self, like: torch.Tensor, announce: Callable[[SGLangControl], None]) -> list[torch.Tensor]:
         """A tensor of the form of ``like`` from each worker, each server's tensors stacked: [workers, ...].
@@ -108,8 +123,7 @@ class Servers:
         parts = [torch.empty_like(like) for _ in range(1 + sum(self.workers))]
         work = dist.gather(like, parts, dst=0, group=self._join(), async_op=True)
         self.each(announce)
-        assert work is not None
-        work.wait()
+        self._finish(work)
         return list(torch.stack(parts[1:]).split(list(self.workers)))
 
     def load(self, control: SGLangControl, request: Request, version: int | None = None) -> None:
@@ -123,18 +137,28 @@ class Servers:
         workers = self.workers[self.controls.index(control)]
         control.update_weights_with_loader(LOADER, request.encode(), workers, version)
 
-    def close(self) -> None:
-        """Leave the group, which a server that is gone already has left, and close the connections."""
-        if self._group is not None:
-            try:
-                self.each(lambda control: control.destroy_weights_update_group(self.group_name))
-            except UserError:
-                pass
-            finally:
-                dist.destroy_process_group(self._group)
-                self._group = None
+    def leave(self) -> None:
+        """Leave the group, which a server that is gone already has left."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        # Ours first: a server that still waits for a broadcast hears that it will not come.
+        dist.destroy_process_group(group)
+        with suppress(UserError):  # one that is gone has left
+            self.each(lambda control: control.destroy_weights_update_group(self.group_name))
+
+    def abandon_update(self) -> None:
+        """Close the update that is open on those servers that answer: the next push opens another."""
         for control in self.controls:
-            control.close()
+            with suppress(UserError):  # gone, or none is open
+                control.end_weight_update()
+
+    def _finish(self, work: dist.Work | None) -> None:
+        assert work is not None
+        try:
+            work.wait()
+        except RuntimeError as error:  # torch.distributed, where a server's process ended
+            raise ServerGoneError(f"{self.urls}: the connection for weights broke: {error}") from error
 
     def _join(self) -> dist.ProcessGroup:
         if self._group is None:
@@ -146,7 +170,7 @@ class Servers:
         addresses = [local_address(control.base_url) for control in self.controls]
         # A server on this machine reaches any address of it, one elsewhere all but the loopback.
         address = next((address for address in addresses if not address.startswith("127.")), addresses[0])
-        store = dist.TCPStore(address, 0, world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        store = store_listening_on(address, TIMEOUT, world_size)
 
         def join() -> dist.ProcessGroup:
             try:

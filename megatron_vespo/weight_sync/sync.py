@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import Values
 from megatron_vespo.models.export import HfExporter
-from megatron_vespo.rollout.control import SGLangControl
+from megatron_vespo.rollout.control import PauseMode, SGLangControl
+from megatron_vespo.rollout.fleet import Fleet, Member
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.transport import Transport
 from megatron_vespo.weight_sync.verify import Verifier
@@ -21,32 +23,63 @@ class WeightSync:
 
     Args:
         exporter: Streams the weights to rank 0.
+        fleet: Who the servers are, on rank 0; None elsewhere.
         servers: On rank 0; None elsewhere. Closed with this object.
         transport: On rank 0; None elsewhere. Closed with this object.
+        pause: What happens to requests in flight during a push: ``retract``, ``in_place`` or ``abort``.
         verify: Take fingerprints on both sides after every push.
     """
 
     def __init__(
-        self, exporter: HfExporter, servers: Servers | None, transport: Transport | None, *, verify: bool = True
+        self,
+        exporter: HfExporter,
+        fleet: Fleet | None,
+        servers: Servers | None,
+        transport: Transport | None,
+        *,
+        pause: PauseMode = "retract",
+        verify: bool = True,
     ) -> None:
-        self._exporter, self._servers, self._transport = exporter, servers, transport
+        self._exporter, self._fleet, self._servers, self._transport = exporter, fleet, servers, transport
+        self._pause: PauseMode = pause
         self._verifier = Verifier(servers, exporter.shapes) if verify and servers is not None else None
-        self._repairs = 0
+        self._repairs = self._version = 0
+        self._members: list[Member] = []
 
     def push(self, version: int) -> Values:
         """Make the servers generate with the current weights. A collective.
 
-        Generation pauses, running requests are retracted, and the update flushes the KV and prefix caches: no token
-        after the push is sampled from keys and values that older weights computed.
+        Generation pauses and, unless ``pause`` is ``in_place``, the update flushes the KV and prefix caches: no token
+        after the push is sampled from keys and values that older weights computed. A server that is lost on the way is
+        left out, and the push begins anew with the others; one that joined or came back is in.
 
         Returns:
             On rank 0 the metrics of the push.
 
         Raises:
-            UserError: A server refused, died, does not hold the weights afterwards or does not say the new version;
-                on every rank.
+            UserError: A server refused, does not hold the weights afterwards or does not say the new version, or no
+                server is left; on every rank.
         """
-        parallel.on_main(lambda: self._begin(version))
+        self._version = version
+        while not self._attempt(version):
+            pass
+        return self._metrics()
+
+    def push_again(self) -> None:
+        """Push the version pushed last, whose weights the trainer must still have. A collective."""
+        self.push(self._version)
+
+    def close(self) -> None:
+        """Leave the process group and delete what the transport keeps."""
+        if self._transport is not None:
+            self._transport.close()
+        if self._servers is not None:
+            self._servers.leave()
+
+    def _attempt(self, version: int) -> bool:
+        """Push; False if a server was lost meanwhile and the push must begin anew."""
+        if not parallel.ask_main(lambda: self._survives(lambda: self._begin(version))):
+            return False
         failure: UserError | None = None
         try:
             self._stream()
@@ -58,19 +91,26 @@ class WeightSync:
                 raise failure
             self._finish(version)
 
-        parallel.on_main(finish)
-        return self._metrics()
+        return parallel.ask_main(lambda: self._survives(finish))
 
-    def close(self) -> None:
-        """Leave the process group and delete what the transport keeps."""
-        if self._transport is not None:
-            self._transport.close()
-        if self._servers is not None:
-            self._servers.close()
+    def _survives(self, work: Callable[[], None]) -> bool:
+        """Whether the work was done; False if a server was lost, for which another error of it is no error."""
+        assert self._fleet is not None and self._servers is not None  # rank 0
+        try:
+            work()
+        except UserError as error:
+            if not self._fleet.find_lost(self._members, error):
+                raise
+            self._servers.leave()
+            self._servers.abandon_update()
+            return False
+        return True
 
     def _begin(self, version: int) -> None:
-        assert self._servers is not None and self._transport is not None  # rank 0
-        self._servers.each(lambda control: control.pause_generation("retract"))
+        assert self._fleet is not None and self._servers is not None and self._transport is not None  # rank 0
+        self._members = self._fleet.begin_push()
+        self._servers.choose(self._members)
+        self._servers.each(lambda control: control.pause_generation(self._pause))
         self._servers.each(SGLangControl.begin_weight_update)
         if self._verifier is not None:
             self._verifier.begin()
@@ -110,6 +150,8 @@ class WeightSync:
                     f"{control.base_url} serves weight version {its} after a push of {version}; is another trainer"
                     " using this server?"
                 )
+        assert self._fleet is not None
+        self._fleet.end_push(self._members, version)
 
     def _verify(self) -> None:
         assert self._transport is not None

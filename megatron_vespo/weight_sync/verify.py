@@ -32,8 +32,7 @@ class Verifier:
         self._shapes = {name: shape for name, shape in shapes.items() if torch.Size(shape).numel() > 1}
         self._numbers = {name: number for number, name in enumerate(self._shapes)}
         self._numel = torch.tensor([torch.Size(shape).numel() for shape in self._shapes.values()])
-        changes = tuple(Change(name, shape, "", WHOLE) for name, shape in self._shapes.items())
-        self._request = Request("fingerprint", servers.group_name, changes)
+        self._changes = tuple(Change(name, shape, "", WHOLE) for name, shape in self._shapes.items())
         self._dtypes: torch.Tensor | None = None
         self._expected = torch.zeros(len(self._shapes), dtype=torch.int64)
 
@@ -69,7 +68,8 @@ class Verifier:
     def _ask(self) -> list[torch.Tensor]:
         """Of each server [workers, tensors, 3]: elements, fingerprint, number of the dtype."""
         like = torch.zeros((len(self._shapes), 3), dtype=torch.int64, device=platform.device())
-        reports = self._servers.gather(like, lambda control: self._servers.load(control, self._request))
+        request = Request("fingerprint", self._servers.group_name, self._changes)
+        reports = self._servers.gather(like, lambda control: self._servers.load(control, request))
         reports = [report.cpu() for report in reports]
         if any(bool((report[:, :, 0] == UNREADABLE).any()) for report in reports):
             raise UserError(

@@ -19,7 +19,9 @@ from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.rollout.engine import RolloutEngine
+from megatron_vespo.rollout.dispatch import Dispatcher
+from megatron_vespo.rollout.engine import GroupSettings, RolloutEngine
+from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.generation import generate_to_end
 from megatron_vespo.rollout.protocol import ServerError
 from megatron_vespo.rollout.sampling import SamplingParams
@@ -161,46 +163,41 @@ def test_the_server_says_why_it_refuses(sglang_server: SGLangServer, control: SG
     assert control.ready()
 
 
-def make_service(server: SGLangServer, reward: Callable[[Sample], float]) -> RolloutService:
+class ByLength:
+    """Scores a response by its length."""
+
+    async def score(self, sample: Sample) -> float:
+        return float(len(sample.response_ids))
+
+
+@pytest.fixture
+def service(pushed: SGLangServer) -> Iterator[RolloutService]:
     records = [PromptRecord(np.asarray([3 + i, 4, 5], np.int32), str(i), {}) for i in range(8)]
+    fleet = Fleet(lambda: [pushed.url], lambda url: (SGLangControl(url), SGLangClient(url, vocab_size=VOCAB_SIZE)))
+    fleet.version = 5
+    fleet.meet()
     engine = RolloutEngine(
-        [SGLangClient(server.url, vocab_size=VOCAB_SIZE)],
+        fleet,
+        Dispatcher(fleet, concurrency=64),
         PromptStream(PromptDataset(records, "memory"), seed=0),
         RolloutBuffer(groups_per_batch=4, max_staleness=0),
-        samples_per_prompt=2,
-        sampling=SamplingParams(8),
-        decode=lambda ids: " ".join(map(str, ids)),
-        reward=reward,
-        check_servers=server.check_alive,
+        ByLength(),
+        GroupSettings(2, SamplingParams(8), lambda ids: " ".join(map(str, ids))),
     )
-    return RolloutService(engine, lambda payload: payload or b"", groups_per_batch=4)
-
-
-def test_service_end_to_end(pushed: SGLangServer) -> None:
-    service = make_service(pushed, lambda sample: float(len(sample.response_ids)))
+    service = RolloutService(engine, lambda payload: payload or b"", lambda: None)
     service.start()
-    try:
-        for step in range(2):
-            groups = service.next_batch()
-            assert [group.prompt.index for group in groups] == list(range(4 * step, 4 * step + 4))
-            samples = [sample for group in groups for sample in group.samples]
-            assert all(s.reward == len(s.response_ids) == len(s.text.split()) for s in samples)
-            service.release(4)
-    finally:
-        service.close()
+    yield service
+    service.close()
+    fleet.close()
 
 
-def test_a_reward_that_raises_is_named(pushed: SGLangServer) -> None:
-    def broken(sample: Sample) -> float:
-        raise KeyError("label")
-
-    service = make_service(pushed, broken)
-    service.start()
-    try:
-        with pytest.raises(UserError, match=r"reward function .*broken failed on sample \d/\d: KeyError: 'label'"):
-            service.next_batch()
-    finally:
-        service.close()
+def test_service_end_to_end(service: RolloutService) -> None:
+    for step in range(2):
+        groups = service.next_batch()
+        assert [group.prompt.index for group in groups] == list(range(4 * step, 4 * step + 4))
+        samples = [sample for group in groups for sample in group.samples]
+        assert all(s.reward == len(s.response_ids) == len(s.text.split()) for s in samples)
+        service.release()
 
 
 def test_a_taken_port_is_named(sglang_server: SGLangServer, tmp_path: Path) -> None:

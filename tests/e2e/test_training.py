@@ -17,40 +17,8 @@ from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy.objectives import denominators
 from megatron_vespo.rollout.server import SGLangServer
-from megatron_vespo.train import main
-from megatron_vespo.types import Sample
+from tests.e2e.small_runs import REWARDS, make_tree, run_main_on_ranks, write_config
 from tests.ranks import run_ranks
-
-PROMPTS = [[3, 4, 5], [6, 7], [8], [9, 10, 11, 12, 13]]
-
-
-def reward_of_ids(sample: Sample) -> float:
-    """Something that differs between samples of a group."""
-    return float(sample.response_ids.sum() % 7)
-
-
-def make_tree(server: SGLangServer, folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
-    data = folder / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": ids, "label": "x"}) + "\n" for ids in PROMPTS))
-    tree: dict[str, Any] = {
-        "run": {"name": "run", "folder": str(folder / "runs")},
-        "model": {"hf_path": str(server.model_path), "make_vocab_size_divisible_by": 16},
-        "megatron": {"expert_model_parallel_size": 2, "use_distributed_optimizer": True, "lr": 1e-3},
-        "data": {"train": str(data), "evaluation": {"held": str(data)}},
-        "rollout": {
-            "prompts_per_step": 4,
-            "samples_per_prompt": 4,
-            "max_new_tokens": 24,
-            "temperature": 0.8,
-            "server": {"url": server.url},
-        },
-        "reward": {"function": f"{__file__}:reward_of_ids"},
-        "training": {"steps": 2, "minibatches_per_step": 2, "max_tokens_per_microbatch": 64},
-        "logging": {"tensorboard": True, "rollout_groups": 2},
-    }
-    for section, fields in changes.items():
-        tree[section] = {**tree.get(section, {}), **fields}
-    return tree
 
 
 def push_generate_compare(tree: dict[str, Any]) -> list[float]:
@@ -82,7 +50,7 @@ def push_generate_compare(tree: dict[str, Any]) -> list[float]:
             if version < 2:
                 # A push between taking and releasing, as in the loop: nothing is in flight.
                 rollouts.weight_sync.push(version + 1)
-                rollouts.service.release(len(groups))
+                rollouts.service.release()
         return differences
 
 
@@ -91,16 +59,6 @@ def test_trainer_and_server_agree_after_every_push(sglang_server: SGLangServer, 
     tree = make_tree(sglang_server, tmp_path, weight_sync={"transport": transport}, training={"steps": 6})
     for differences in run_ranks(2, push_generate_compare, tree, **tree["megatron"]):
         assert max(differences) < 1e-4, differences
-
-
-def run_main(config_file: Path, overrides: list[str]) -> int:
-    return main([str(config_file), *overrides])
-
-
-def write_config(folder: Path, tree: dict[str, Any]) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(tree))  # JSON is YAML
-    return path
 
 
 @pytest.mark.parametrize("behavior", ["rollout", "recompute"])
@@ -126,18 +84,9 @@ def test_a_run_leaves_what_it_promises(sglang_server: SGLangServer, tmp_path: Pa
     assert not (folder / "weights").exists()  # the disk transport cleans up
 
 
-def run_main_on_ranks(size: int, path: Path, overrides: list[str]) -> list[int]:
-    """``train`` in forked ranks; it initialises Megatron itself."""
-    return run_ranks(size, run_main, path, overrides, initialize=False)
-
-
-def failing_reward(sample: Sample) -> float:
-    raise ZeroDivisionError("no partial credit")
-
-
 BAD_INPUTS = {
-    "reward function that raises": ([f"reward.function={__file__}:failing_reward"], "failing_reward failed on sample"),
-    "reward function that is missing": ([f"reward.function={__file__}:no_such"], "no_such"),
+    "reward function that raises": ([f"reward.function={REWARDS}:failing"], "no partial credit"),
+    "reward function that is missing": ([f"reward.function={REWARDS}:no_such"], "no_such"),
     "prompt longer than the context": (["rollout.max_new_tokens=511"], "the limit is 1"),
     "no room for a prompt": (["rollout.max_new_tokens=600"], "leaves no room for a prompt"),
     "a sample longer than a microbatch": (["training.max_tokens_per_microbatch=20"], "cannot hold the longest sample"),

@@ -14,7 +14,9 @@ from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
 from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.registry import load_architecture
+from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
+from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.weight_sync.broadcast import BroadcastTransport
 from megatron_vespo.weight_sync.delta import DeltaTransport
@@ -54,14 +56,16 @@ def make_sync(kind: str, urls: dict[str, int], model: Path, chunks: Any, folder:
     """``urls``: tensor-parallel size by address."""
     exporter = HfExporter(chunks, load_architecture(model), BUCKET_BYTES)
     if not parallel.is_main():
-        return WeightSync(exporter, None, None, verify=verify)
-    servers = Servers([SGLangControl(url) for url in urls], list(urls.values()))
+        return WeightSync(exporter, None, None, None, verify=verify)
+    fleet = Fleet(lambda: list(urls), lambda url: (SGLangControl(url), SGLangClient(url, vocab_size=64)))
+    assert [info.tensor_parallel_size for info in fleet.meet()] == list(urls.values())
+    servers = Servers()
     transports: dict[str, Transport] = {
         "disk": DiskTransport(servers, folder, model),
         "broadcast": BroadcastTransport(servers),
         "delta": DeltaTransport(servers, BUCKET_BYTES),
     }
-    return WeightSync(exporter, servers, transports[kind], verify=verify)
+    return WeightSync(exporter, fleet, servers, transports[kind], verify=verify)
 
 
 def checksums_everywhere(urls: dict[str, int]) -> list[dict[str, str]]:

@@ -22,13 +22,6 @@ def test_every_field_travels() -> None:
     assert [field.name for field in fields(SampleGroup)] == ["prompt", "samples"]
 
 
-def test_a_failure_arrives_as_the_same_error() -> None:
-    with pytest.raises(UserError, match=r"^the server is gone$"):
-        codec.decode_groups(codec.encode_failure(UserError("the server is gone")))
-    with pytest.raises(UserError, match=r"^rank 0 failed: ZeroDivisionError: oops$"):
-        codec.decode_groups(codec.encode_failure(ZeroDivisionError("oops")))
-
-
 def test_metadata_that_cannot_travel_is_named() -> None:
     group = SampleGroup(Prompt(0, np.array([1], np.int32), metadata={"checker": object()}), [])
     with pytest.raises(UserError, match=r"metadata holds <object .*of type object"):

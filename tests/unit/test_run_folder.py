@@ -13,7 +13,6 @@ from megatron_vespo.config_file import dump_config, load_config, parse_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.run_folder import (
     check_run_folder,
-    checkpoint_steps,
     locked,
     prepare_run_folder,
     refuse_if_locked,
@@ -47,7 +46,9 @@ def leave_run(folder: Path, *steps: int) -> Path:
     (run / "logs" / "error.txt").write_text("rank 1: no")
     (run / "rollouts").mkdir()
     for step in steps:
-        (run / "checkpoints" / f"iter_{step:07d}").mkdir(parents=True)
+        checkpoint = run / "checkpoints" / f"iter_{step:07d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
     return run
 
 
@@ -79,7 +80,13 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
     run = leave_run(tmp_path, 5, 10)
     (run / "checkpoints" / ".iter_0000015.tmp-x").mkdir()
     (run / "checkpoints" / "iter_0000020.partial").mkdir()
-    assert checkpoint_steps(run) == [5, 10]
+    assert resume_step(configure(tmp_path, resume="auto")) == 10
+
+
+def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
+    run = leave_run(tmp_path, 5, 10)
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("5")
+    assert resume_step(configure(tmp_path, resume="auto")) == 5
 
 
 def test_auto_goes_on_from_the_newest_and_keeps_everything(tmp_path: Path) -> None:
@@ -131,9 +138,9 @@ def test_auto_deletes_neither_a_strangers_folder_nor_saved_models(tmp_path: Path
 
 
 def test_a_step_must_have_its_checkpoint(tmp_path: Path) -> None:
-    assert "of step 7 in" in refusal(configure(tmp_path, resume=7))
+    assert "there is no checkpoint to go on from" in refusal(configure(tmp_path, resume=7))
     leave_run(tmp_path, 5, 10)
-    assert refusal(configure(tmp_path, resume=7)).endswith("there are those of steps 5, 10")
+    assert refusal(configure(tmp_path, resume=7)).endswith("there is no checkpoint 7; there are 5, 10")
     assert resume_step(configure(tmp_path, resume=5)) == 5
     prepare(configure(tmp_path, resume=5))
 
@@ -145,11 +152,12 @@ from megatron_vespo.run_folder import locked
 with locked(Path(sys.argv[1])):
     child = os.fork()  # neither a fork nor a program that is executed may keep the lock when the holder is killed
     if child == 0:
+        print(os.getpid(), flush=True)  # it has closed its copy by now
         time.sleep(60)
         os._exit(0)
     import subprocess
     sleeper = subprocess.Popen(["sleep", "60"])
-    print(child, sleeper.pid, flush=True)
+    print(sleeper.pid, flush=True)
     time.sleep(60)
 """
 
@@ -157,7 +165,7 @@ with locked(Path(sys.argv[1])):
 def test_a_locked_folder_names_its_holder_and_is_free_when_that_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as holder:
         assert holder.stdout is not None
-        children = [int(pid) for pid in holder.stdout.readline().split()]
+        children = [int(holder.stdout.readline()) for _ in range(2)]
         try:
             for attempt in (lambda: refuse_if_locked(tmp_path), lambda: locked(tmp_path).__enter__()):
                 with pytest.raises(UserError, match=rf"host .+, process {holder.pid}\)"):

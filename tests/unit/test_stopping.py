@@ -119,10 +119,13 @@ from megatron_vespo.stopping import StopRequest
 stop = StopRequest()
 stop.install()
 stop.defer()
+ready, tell = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(tell, b".")  # a signal before the fork is complete would be lost
     time.sleep(60)
     os._exit(0)
+os.read(ready, 1)
 os.kill(child, 15)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop.requested)
 """

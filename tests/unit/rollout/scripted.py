@@ -21,6 +21,8 @@ KNOWN = {
     "/model_info": {"weight_version": "3", "model_path": "m"},
     "/v1/models": {"data": [{"max_model_len": 64}]},
     "/server_info": {"max_req_input_len": 58, "max_total_num_tokens": 1000, "version": "0.5.23", "tp_size": 1},
+    "/ready": {},
+    "/health": {},
 }
 
 
@@ -61,16 +63,24 @@ def answer(
 
 
 @contextmanager
-def serve(generate: Answer, requests: Requests | None = None) -> Iterator[str]:
+def serve(
+    generate: Answer,
+    requests: Requests | None = None,
+    *,
+    port: int = 0,
+    known: Callable[[str], Any] = KNOWN.__getitem__,
+) -> Iterator[str]:
     """The address of a server. ``generate`` gets the body of each /generate and returns what to answer, or a
-    :class:`Status` or a :class:`Break`; it runs in a thread, the bodies of concurrent requests in several."""
+    :class:`Status` or a :class:`Break`; it runs in a thread, the bodies of concurrent requests in several. ``known``
+    answers the routes without a body in the same way."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = -1  # an answer is sent at once, not in pieces
 
         def do_GET(self) -> None:
-            self.reply(Status(200, json.dumps(KNOWN[self.path])))
+            result = known(self.path)
+            self.reply(result if isinstance(result, Status) else Status(200, json.dumps(result)))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -106,7 +116,7 @@ def serve(generate: Answer, requests: Requests | None = None) -> Iterator[str]:
         def handle_error(self, *arguments: Any) -> None:
             pass  # a client that is gone
 
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", port), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

@@ -36,7 +36,7 @@ def train(service: ReplayService, steps: int) -> list[list[SampleGroup]]:
     for step in range(1, steps + 1):
         batches.append(service.next_batch())
         service.push(step * UPDATES)
-        service.release(len(batches[-1]))
+        service.release()
     return batches
 
 

@@ -1,0 +1,88 @@
+"""Notices servers that die, hang or come back, from a thread of its own; starts the run's own server again."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from megatron_vespo.errors import UserError
+from megatron_vespo.rollout.fleet import Fleet, Member, State
+
+WATCH_SECONDS = 0.25
+# Between two questions to a server that is gone.
+PROBE_SECONDS = 2.0
+
+
+class Watch:
+    """Watches a fleet until it is closed.
+
+    Args:
+        fleet: The servers.
+        hang_timeout: Seconds without an answer, while requests are in flight, after which a server's health is asked.
+        max_restarts: Starts of the run's own server without ``fleet.progressed()`` between.
+    """
+
+    def __init__(self, fleet: Fleet, *, hang_timeout: float, max_restarts: int) -> None:
+        self._fleet, self._hang_timeout, self._max_restarts = fleet, hang_timeout, max_restarts
+        self._probed: dict[str, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="server-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching. A restart under way is not waited for."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.wait(WATCH_SECONDS):
+                for member in self._fleet.members:
+                    self._look_at(member)
+        except Exception as error:  # noqa: BLE001 - raised where the run waits
+            if not self._ended.is_set():
+                self._fleet.failure = error
+
+    def _look_at(self, member: Member) -> None:
+        own = self._fleet.own
+        if own is not None and member.state is not State.GONE and not own.is_alive:
+            self._fleet.lost(member, member.lives, "its process ended")
+        elif member.state is not State.GONE and self._is_silent(member):
+            life = member.lives
+            if member.control.health():
+                member.last_answer = time.monotonic()
+            elif self._is_silent(member):
+                self._fleet.lost(member, life, f"it hangs: no answer in {self._hang_timeout:g} s, nor to /health")
+        if member.state is not State.GONE:
+            return
+        if own is not None:
+            self._restart(member)
+        elif time.monotonic() - self._probed.get(member.url, 0.0) > PROBE_SECONDS:
+            self._probed[member.url] = time.monotonic()
+            if member.control.ready() and self._fleet.probe(member):
+                self._fleet.announce(f"the server at {member.url} is back")
+
+    def _is_silent(self, member: Member) -> bool:
+        silent = time.monotonic() - member.last_answer > self._hang_timeout
+        return silent and member.in_flight > 0 and not self._fleet.pushing
+
+    def _restart(self, member: Member) -> None:
+        """Start the run's own server again.
+
+        Raises:
+            UserError: It does not come up, or was started too often.
+        """
+        own = self._fleet.own
+        assert own is not None
+        if self._fleet.restarts >= self._max_restarts:
+            raise UserError(
+                f"the SGLang server at {own.url} was lost again ({member.reason}) after {self._max_restarts} restarts"
+                f" without a finished step (rollout.server.max_restarts); {own.log_tail()}"
+            )
+        self._fleet.restarts += 1
+        self._fleet.announce(f"starting the server at {own.url} again")
+        own.restart()
+        self._fleet.probe(member, strict=True)
+        self._fleet.announce(f"the server at {own.url} is back; it gets the current weights next")

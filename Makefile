@@ -1,10 +1,11 @@
-.PHONY: demo layouts test lint format clean
+.PHONY: demo chaos layouts test lint format clean
 .DEFAULT_GOAL := help
 
 READY := .venv/.ready
 
 help:
 	@echo "make demo      set everything up and run the demo: a tiny MoE learns arithmetic with VESPO (about 5 minutes)"
+	@echo "make chaos     the demo while its server, a trainer rank, the reward and the disk fail (about 5 minutes)"
 	@echo "make layouts   compare parallel layouts (TP, PP, EP, DP and more) with a float64 reference (about 5 minutes)"
 	@echo "make test      set everything up and run all tests"
 	@echo "make lint      ruff and mypy"
@@ -15,6 +16,9 @@ $(READY): constraints.txt tools/requirements-cpu.txt tools/setup_env.sh setup.py
 
 demo: $(READY)
 	examples/digits_cpu/run.sh
+
+chaos: $(READY)
+	examples/chaos_cpu/run.sh $(ARGS)
 
 layouts: $(READY)
 	examples/layouts_cpu/run.sh $(ARGS)

@@ -141,8 +141,9 @@ def show(rows: Mapping[str, Rows]) -> None:
         time = total(rows[BASELINE], "perf/step_time")
         ideal = time / max(wait, time - wait)
         print(
-            f"\nsynchronous: {wait / time:.0%} generating, {1 - wait / time:.0%} training; overlap can give {ideal:.2f}"
+            f"\n{BASELINE}: {wait / time:.0%} generating, {1 - wait / time:.0%} training; hiding one gives {ideal:.2f}."
         )
+        print("The rest of a gain is the tail: the server has other requests beside the longest responses of a batch.")
 
 
 if __name__ == "__main__":

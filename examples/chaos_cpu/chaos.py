@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,7 @@ def run(goal: float, mounted: bool) -> list[str]:
     """All faults, then the report; what failed."""
     began = time.monotonic()
     Path(f"{RUN}.log").unlink(missing_ok=True)
+    shutil.rmtree(RUN, ignore_errors=True)  # an earlier one would be resumed
     chaos = Chaos()
     try:
         wait_for(lambda: last_step() >= 0, "the first evaluation", chaos.job)

@@ -23,6 +23,8 @@ import httpx
 import psutil
 
 from examples.chaos_cpu.report import Fault, account_of, failures_of, write_up
+from examples.chaos_cpu.reward import FAULTS
+from megatron_vespo.rollout.batches import list_batches
 
 RUN, DISK = Path("runs/chaos"), Path("runs/chaos-disk")
 STEPS, INTERVAL, MAX_STALENESS, UPDATES = 40, 4, 1, 4
@@ -140,6 +142,10 @@ class Chaos:
         if when == "during a push":
             words = server.cmdline()
             wait_for_pause(f"http://127.0.0.1:{words[words.index('--port') + 1]}")
+        if when == "during training":
+            # A batch is written just before training on it, while the server works on the next one.
+            batches = len(list_batches(RUN / "rollouts"))
+            wait_for(lambda: len(list_batches(RUN / "rollouts")) > batches, "the next batch", self.job)
         step, since = last_step(), time.monotonic()
         server.kill()
         self.note(f"server killed {when}", "started again, weights pushed, requests sent again", step, since)
@@ -229,7 +235,7 @@ def run(goal: float, mounted: bool) -> list[str]:
         else:
             print("chaos: no small file system can be mounted here, so no disk is filled: that needs root", flush=True)
         chaos.after(27)
-        chaos.kill_server("a second time while it generates")
+        chaos.kill_server("during training")
         status, _, clean = chaos.job.end(4 * PATIENCE)
         chaos.expect(status == 0, f"the run ended with status {status}")
         chaos.expect(clean, "processes were left behind at the end")
@@ -238,7 +244,7 @@ def run(goal: float, mounted: bool) -> list[str]:
             os.killpg(chaos.job.process.pid, signal.SIGKILL)
     account = account_of(RUN)
     bound = (MAX_STALENESS + 1) * UPDATES - 1
-    failures = [*chaos.failures, *failures_of(account, STEPS, bound, goal)]
+    failures = [*chaos.failures, *failures_of(account, STEPS, bound, goal, len(FAULTS))]
     report = write_up(chaos.faults, account, time.monotonic() - began, failures)
     (RUN / "report.md").write_text(report)
     print(f"\n{report}\nreport: {RUN / 'report.md'}, what the run printed: {RUN}.log")

@@ -84,11 +84,12 @@ def account_of(run: Path) -> Account:
     )
 
 
-def failures_of(account: Account, steps: int, staleness_bound: int, goal: float) -> list[str]:
-    """What is not as it should be."""
+def failures_of(account: Account, steps: int, staleness_bound: int, goal: float, unscored: int) -> list[str]:
+    """What is not as it should be; ``unscored`` is the number of samples whose reward was made to fail."""
     checks = {
         f"{account.lost} prompts were lost": account.lost == 0,
         f"{account.duplicated} prompts were trained on twice": account.duplicated == 0,
+        f"{account.unscored} samples could not be scored, not {unscored}": account.unscored == unscored,
         f"{account.steps} of {steps} steps": account.steps == steps,
         f"staleness {account.staleness} is beyond {staleness_bound}": account.staleness <= staleness_bound,
         f"held-out accuracy {account.accuracy[1]:.3f} is below {goal}": account.accuracy[1] >= goal,

@@ -39,7 +39,7 @@ def test_a_run_that_lost_nothing(tmp_path: Path) -> None:
     assert (account.submitted, account.trained, account.waiting) == (6, 4, 2)
     assert (account.lost, account.duplicated, account.unscored) == (0, 0, 1)
     assert (account.steps, account.staleness, account.losses, account.accuracy) == (2, 7, 2, (0.5, 0.9))
-    assert failures_of(account, steps=2, staleness_bound=7, goal=0.9) == []
+    assert failures_of(account, steps=2, staleness_bound=7, goal=0.9, unscored=1) == []
     report = write_up([Fault("server killed", 1, "started again", 9.6)], account, 61.0, [])
     assert "| server killed | 1 | started again | 10 s |" in report and "Nothing was lost." in report
 
@@ -48,6 +48,6 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     leave_run(tmp_path, [[0, 1], [1, 2]], waiting=[2, 5], position=6)
     account = account_of(tmp_path)
     assert account.lost == 2 and account.duplicated == 2  # 3 and 4 are gone; 1 was trained on twice, 2 still waits
-    failures = failures_of(account, steps=3, staleness_bound=6, goal=0.95)
-    assert len(failures) == 5
+    failures = failures_of(account, steps=3, staleness_bound=6, goal=0.95, unscored=5)
+    assert len(failures) == 6
     assert "FAILED: 2 prompts were lost" in write_up([], account, 1.0, failures)

@@ -48,6 +48,10 @@ DEATH_SECONDS = 60.0
 DISK_MEGABYTES, LEFT_MEGABYTES = 48, 1
 
 
+class ChaosError(Exception):
+    """The run did not do what the next fault needs; there is no going on."""
+
+
 class Job:
     """One attempt of the run, in processes of its own; what it prints is shown and kept."""
 
@@ -70,7 +74,7 @@ class Job:
                 words = process.cmdline()
                 if part in words and "-S" not in words and title in " ".join(words):
                     return process
-        raise SystemExit(f"chaos: found no process with {part}")
+        raise ChaosError(f"found no process with {part}")
 
     def rank(self, number: int) -> psutil.Process:
         """A trainer rank."""
@@ -78,7 +82,7 @@ class Job:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "megatron_vespo.train" in process.cmdline() and process.environ().get("RANK") == str(number):
                     return process
-        raise SystemExit(f"chaos: found no rank {number}")
+        raise ChaosError(f"found no rank {number}")
 
     def printed(self) -> str:
         """What this attempt has printed until now."""
@@ -90,7 +94,7 @@ class Job:
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise SystemExit(f"chaos: the job did not end within {seconds:g} s") from None
+            raise ChaosError(f"the job did not end within {seconds:g} s") from None
         _, alive = psutil.wait_procs(processes, timeout=10)
         return status, self.printed(), not alive
 
@@ -106,9 +110,9 @@ def wait_for(condition: Callable[[], bool], what: str, job: Job | None = None) -
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if job is not None and job.process.poll() is not None:
-            raise SystemExit(f"chaos: the run ended while waiting for {what}; see {RUN}.log")
+            raise ChaosError(f"the run ended while waiting for {what}; see {RUN}.log")
         if time.monotonic() > deadline:
-            raise SystemExit(f"chaos: waited {PATIENCE:g} s for {what}")
+            raise ChaosError(f"waited {PATIENCE:g} s for {what}")
         time.sleep(0.02)
 
 
@@ -185,7 +189,7 @@ class Chaos:
         """Start the job again."""
         saved = [path.name for path in (RUN / "checkpoints").glob("iter_*")]
         if not saved:
-            raise SystemExit("chaos: no checkpoint is left")
+            raise ChaosError("no checkpoint is left")
         self.job = Job(Path(f"{RUN}.log"))
         # Steps after the checkpoint have been taken back by then.
         wait_for(lambda: "restoring the checkpoint" in self.job.printed(), "the resumed run", self.job)
@@ -239,12 +243,18 @@ def run(goal: float, mounted: bool) -> list[str]:
         status, _, clean = chaos.job.end(4 * PATIENCE)
         chaos.expect(status == 0, f"the run ended with status {status}")
         chaos.expect(clean, "processes were left behind at the end")
+    except ChaosError as error:
+        chaos.failures.append(str(error))
     finally:
         if chaos.job.process.poll() is None:
             os.killpg(chaos.job.process.pid, signal.SIGKILL)
-    account = account_of(RUN)
-    bound = (MAX_STALENESS + 1) * UPDATES - 1
-    failures = [*chaos.failures, *failures_of(account, STEPS, bound, goal, len(FAULTS))]
+    bound, failures, account = (MAX_STALENESS + 1) * UPDATES - 1, chaos.failures, None
+    if last_step() == STEPS:  # only then do checkpoint, batches and metrics tell of the same step
+        account = account_of(RUN)
+        failures = [*failures, *failures_of(account, STEPS, bound, goal, len(FAULTS))]
+    elif not failures:
+        failures = [f"{last_step()} of {STEPS} steps"]
+    RUN.mkdir(parents=True, exist_ok=True)
     report = write_up(chaos.faults, account, time.monotonic() - began, failures)
     (RUN / "report.md").write_text(report)
     print(f"\n{report}\nreport: {RUN / 'report.md'}, what the run printed: {RUN}.log")

@@ -97,14 +97,21 @@ def failures_of(account: Account, steps: int, staleness_bound: int, goal: float,
     return [text for text, fine in checks.items() if not fine]
 
 
-def write_up(faults: Sequence[Fault], account: Account, seconds: float, failures: Sequence[str]) -> str:
-    """The report, in Markdown."""
+def write_up(faults: Sequence[Fault], account: Account | None, seconds: float, failures: Sequence[str]) -> str:
+    """The report, in Markdown; no account where the run did not come to its end."""
     lines = ["# Chaos", "", "| what was done | after step | answer | next step after |", "| --- | --- | --- | --- |"]
     for fault in faults:
         after = "" if fault.seconds is None else f"{fault.seconds:.0f} s"
         lines.append(f"| {fault.what} | {fault.step} | {fault.answer} | {after} |")
-    before, after_all = account.accuracy
-    figures = {
+    figures = {**(_figures(account) if account else {}), "wall time": f"{seconds:.0f} s"}
+    lines += ["", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in figures.items())]
+    lines += ["", *(f"FAILED: {failure}" for failure in failures)] if failures else ["", "Nothing was lost."]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(account: Account) -> dict[str, int | str]:
+    before, after = account.accuracy
+    return {
         "prompts submitted": account.submitted,
         "prompts trained": account.trained,
         "prompts waiting at the end": account.waiting,
@@ -114,9 +121,5 @@ def write_up(faults: Sequence[Fault], account: Account, seconds: float, failures
         "servers lost": account.losses,
         "steps": account.steps,
         "largest staleness": account.staleness,
-        "held-out accuracy": f"{before:.3f} before, {after_all:.3f} after",
-        "wall time": f"{seconds:.0f} s",
+        "held-out accuracy": f"{before:.3f} before, {after:.3f} after",
     }
-    lines += ["", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in figures.items())]
-    lines += ["", *(f"FAILED: {failure}" for failure in failures)] if failures else ["", "Nothing was lost."]
-    return "\n".join(lines) + "\n"

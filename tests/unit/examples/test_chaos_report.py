@@ -51,3 +51,8 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     failures = failures_of(account, steps=3, staleness_bound=6, goal=0.95, unscored=5)
     assert len(failures) == 6
     assert "FAILED: 2 prompts were lost" in write_up([], account, 1.0, failures)
+
+
+def test_a_run_that_did_not_end_has_a_report_too() -> None:
+    report = write_up([Fault("server killed", 1, "started again", 9.6)], None, 61.0, ["the run ended"])
+    assert "started again" in report and "61 s" in report and "FAILED: the run ended" in report

@@ -24,6 +24,7 @@ import psutil
 
 from examples.chaos_cpu.report import Fault, account_of, failures_of, write_up
 from examples.chaos_cpu.reward import FAULTS
+from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.rollout.batches import list_batches
 
 RUN, DISK = Path("runs/chaos"), Path("runs/chaos-disk")
@@ -106,6 +107,12 @@ def last_step() -> int:
     return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines else -1
 
 
+def total_after(step: int, name: str) -> float:
+    """Sum of a metric over the steps finished after this one."""
+    steps, values = read_metrics(RUN / "metrics.jsonl").series(name)
+    return sum(value for number, value in zip(steps, values, strict=True) if number > step)
+
+
 def wait_for(condition: Callable[[], bool], what: str, job: Job | None = None) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -152,7 +159,12 @@ class Chaos:
             wait_for(lambda: len(list_batches(RUN / "rollouts")) > batches, "the next batch", self.job)
         step, since = last_step(), time.monotonic()
         server.kill()
-        self.note(f"server killed {when}", "started again, weights pushed, requests sent again", step, since)
+        wait_for(lambda: last_step() > step, f"the step after {step}", self.job)
+        self.expect(total_after(step, "perf/server_losses") == 1, f"a server killed {when} was not found lost once")
+        resent = total_after(step, "perf/resubmitted_requests")
+        self.note(
+            f"server killed {when}", f"started again, weights pushed, {resent:.0f} requests sent again", step, since
+        )
 
     def kill_rank(self) -> None:
         """SIGKILL of a trainer rank; the job must end by itself, name it, and leave nothing behind."""

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from benchmarks.measure import peak_bytes
 from megatron_vespo.algorithms.loss import Aggregation, Denominators, PackedLogProbs, policy_loss
-from megatron_vespo.algorithms.weights import KERNELS, VespoParams, vespo_phi
+from megatron_vespo.algorithms.methods import KERNELS
+from megatron_vespo.algorithms.vespo import VespoParams, vespo_phi
+from megatron_vespo.algorithms.weights import Weighting
 
 SAMPLES = 64
 PARAMS = VespoParams()
@@ -79,7 +81,7 @@ def make_case(tokens: int) -> Case:
 def ours(case: Case) -> Result:
     inputs = PackedLogProbs(case.log_pi, case.log_mu, case.entropy, case.sample_index, SAMPLES)
     denominators = Denominators(case.log_pi.numel(), SAMPLES)
-    o = policy_loss(inputs, case.advantages, KERNELS["vespo"], PARAMS, Aggregation.TOKEN_MEAN, denominators)
+    o = policy_loss(inputs, case.advantages, Weighting(KERNELS["vespo"], PARAMS), Aggregation.TOKEN_MEAN, denominators)
     sums = (o.sum_log_pi, o.sum_abs_log_ratio, o.max_abs_log_ratio, o.sum_entropy, o.n_tokens, o.n_nonfinite)
     return o.loss, (o.sample_loss, o.log_w, o.kappa, *sums)
 

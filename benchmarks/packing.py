@@ -136,10 +136,14 @@ def measure(model: Path, works: dict[str, Work], rounds: int) -> dict[str, list[
 def update(policy: Policy, samples: Sequence[Sample], plan: Sequence[Sequence[int]]) -> float:
     """Seconds of one forward and backward pass over all samples; the weights stay."""
     from megatron_vespo.algorithms.loss import Aggregation
-    from megatron_vespo.algorithms.weights import KERNELS, VespoParams
+    from megatron_vespo.algorithms.methods import KERNELS
+    from megatron_vespo.algorithms.vespo import VespoParams
+    from megatron_vespo.algorithms.weights import Weighting
     from megatron_vespo.policy.objectives import PolicyGradient, denominators
 
-    objective = PolicyGradient(KERNELS["vespo"], VespoParams(), Aggregation("token-mean"), denominators(samples))
+    objective = PolicyGradient(
+        Weighting(KERNELS["vespo"], VespoParams()), Aggregation("token-mean"), denominators(samples)
+    )
     start = time.perf_counter()
     policy.forward_backward(samples, plan, objective)
     return time.perf_counter() - start

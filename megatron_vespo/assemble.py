@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_vespo import connect, parallel
-from megatron_vespo.algorithms.loss import Aggregation
-from megatron_vespo.algorithms.weights import get_kernel
+from megatron_vespo.algorithms.methods import (
+    make_advantages,
+    make_aggregation,
+    make_regularization,
+    make_weighting,
+)
 from megatron_vespo.config import Config
-from megatron_vespo.connect import make_advantages
 from megatron_vespo.data.sft import SupervisedExample, SupervisedStream, read_supervised
 from megatron_vespo.data.tokenizer import Tokenizer
-from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import NoEvaluation
 from megatron_vespo.loop import Algorithm, Evaluation, RolloutSource, Schedule, WeightPush
 from megatron_vespo.megatron_options import microbatch_multiple
@@ -70,7 +72,8 @@ def make_trainer(config: Config, architecture: Architecture, *, resumes: bool = 
         layer_spec=model.layer_spec,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
     )
-    if model.initialize == "hf" and not resumes:
+    anchored = config.objective == "rl" and config.algorithm.kl_coef != 0
+    if model.initialize == "hf" and (anchored or not resumes):
         load_hf_weights(chunks, architecture, HfReader(model.hf_path))
     updates = config.training.steps * (config.training.minibatches_per_step if config.objective == "rl" else 1)
     policy = Policy(
@@ -84,6 +87,8 @@ def make_trainer(config: Config, architecture: Architecture, *, resumes: bool = 
         temperature=config.rollout.temperature if config.objective == "rl" else 1.0,
         alignment=_alignment(section),
     )
+    if anchored:
+        policy.keep_reference()
     exporter = HfExporter(chunks, architecture, config.weight_sync.bucket_megabytes * 2**20)
     checkpoints = Checkpoints(
         config.run_folder / "checkpoints",
@@ -136,19 +141,19 @@ def make_schedule(config: Config, architecture: Architecture) -> Schedule:
 
 
 def make_algorithm(config: Config) -> Algorithm:
-    """Advantages, kernel and aggregation."""
-    algorithm = config.algorithm
-    kernel = get_kernel(algorithm.kernel)
-    try:
-        params = kernel.params_type(**algorithm.kernel_params)
-    except TypeError as error:
-        raise UserError(f"algorithm.kernel_params: {error}") from error
+    """Advantages, weights, and what the loss is divided by.
+
+    Raises:
+        UserError: The configuration names something unknown, or what does not go together.
+    """
+    section, behavior = config.algorithm, config.rollout.behavior_logprobs
     return Algorithm(
-        make_advantages(config),
-        kernel,
-        params,
-        Aggregation(algorithm.aggregation),
-        recompute_log_mu=config.rollout.behavior_logprobs == "recompute",
+        make_advantages(section),
+        make_weighting(section, knows_old=behavior == "both"),
+        make_aggregation(section),
+        make_regularization(section),
+        behavior,
+        max_response=config.rollout.max_new_tokens,
     )
 
 

@@ -130,9 +130,10 @@ class RolloutSection(Section):
     filter_equal_groups: int = Field(default=0, ge=0)
     """Most groups of a batch that are dropped because their rewards are all equal, so that further prompts take their
     places (DAPO's dynamic sampling); beyond that number such groups are kept. 0: off."""
-    behavior_logprobs: Literal["rollout", "recompute"] = "rollout"
+    behavior_logprobs: Literal["rollout", "recompute", "both"] = "rollout"
     """mu: `rollout` is what SGLang reported when it sampled the token; `recompute` is the trainer's own forward pass
-    over the fresh batch, which hides the mismatch between the engines."""
+    over the fresh batch, pi_old, which hides the mismatch between the engines; `both` keeps mu and pi_old apart: the W
+    of vespo stays pi / mu, clipping looks at pi / pi_old, corrections at pi_old / mu, and metrics have each part."""
     save_batches: bool = False
     """Keep every rollout batch whole, as rollouts/batch_000001.msgpack in the run folder, written before training on
     it; always on with objective rollout."""
@@ -176,15 +177,28 @@ class AlgorithmSection(Section):
     """Advantages, weight kernel and aggregation of the policy loss."""
 
     kernel: str = "vespo"
-    """Weight kernel: vespo, or reinforce (weight 1)."""
+    """Method: vespo, reinforce, rloo, grpo, dapo, dr_grpo, gspo, sapo, cispo, topr, m2po, or one of your own,
+    path/to/file.py:name or package.module:name of a WeightKernel."""
     kernel_params: dict[str, float] = {}
-    """Parameters of the kernel, for vespo: c1_pos, c2_pos, c1_neg, c2_neg, log_w_limit."""
-    advantage: str = "group_normalized"
-    """Advantage estimator over the samples of one prompt."""
-    normalize_std: bool = True
-    """Divide advantages by the standard deviation of the group's rewards."""
-    aggregation: Literal["token-mean", "seq-mean-token-sum"] = "token-mean"
-    """Divisor of the loss: response tokens, or samples (the paper's estimator), of the whole global minibatch."""
+    """Parameters of the kernel, for vespo: c1_pos, c2_pos, c1_neg, c2_neg, log_w_limit (or k_pos, lambda_pos, ...)."""
+    corrections: dict[str, dict[str, float]] = {}
+    """Further factors of the weight for the mismatch between the engines, with their parameters: tis, icepop, mis."""
+    advantage: Literal["group_normalized", "leave_one_out"] | None = None
+    """Advantage estimator over the samples of one prompt; default: the kernel's own."""
+    normalize_std: bool | None = None
+    """Divide advantages by the standard deviation of the group's rewards; default: as the kernel's paper does."""
+    aggregation: (
+        Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None
+    ) = None
+    """Divisor of the loss: response tokens of the whole global minibatch; its samples; samples and each one's own
+    length; or samples times rollout.max_new_tokens. Default: the kernel's own."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of the KL divergence from the policy in model.hf_path; above 0 it takes a copy of the weights in host
+    memory and a forward pass a step."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """`k3` is GRPO's; the gradient of `k2` is that of the reverse KL divergence."""
+    entropy_coef: float = 0.0
+    """Coefficient of the policy's entropy, which is made larger."""
 
 
 class TrainingSection(Section):
@@ -299,6 +313,10 @@ class Config(Section):
             raise ValueError(
                 f"training.minibatches_per_step={self.training.minibatches_per_step} does not divide the {samples}"
                 " samples of a step (rollout.prompts_per_step * rollout.samples_per_prompt)"
+            )
+        if self.algorithm.kl_coef and self.model.initialize != "hf":
+            raise ValueError(
+                "algorithm.kl_coef: the reference policy is that of model.hf_path; set model.initialize: hf"
             )
         if self.rollout.replay is not None and self.objective != "rl":
             raise ValueError(f"rollout.replay: batches are trained on, which objective {self.objective} does not do")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_vespo.algorithms.advantages import GroupNormalizedParams, get_advantage_estimator
 from megatron_vespo.config import Config
 from megatron_vespo.data.prompts import PromptDataset, PromptStream
 from megatron_vespo.data.tokenizer import Tokenizer
@@ -37,7 +36,7 @@ from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.rollout.watch import Watch
 from megatron_vespo.sglang_weights import LOADER
-from megatron_vespo.types import Prompt, SampleGroup
+from megatron_vespo.types import Prompt
 
 _COLUMNS = {"rl": RL_COLUMNS, "sft": SFT_COLUMNS, "rollout": ROLLOUT_COLUMNS}
 
@@ -253,12 +252,6 @@ def make_evaluator(config: Config, service: RolloutService, connection: Connecti
         config.evaluation.samples_per_prompt,
         config.evaluation.interval,
     )
-
-
-def make_advantages(config: Config) -> Callable[[Sequence[SampleGroup]], None]:
-    """Sets the advantages of complete groups."""
-    estimator = get_advantage_estimator(config.algorithm.advantage)
-    return partial(estimator, params=GroupNormalizedParams(normalize_std=config.algorithm.normalize_std))
 
 
 def make_recorder(

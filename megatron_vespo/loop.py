@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from megatron_vespo import parallel
-from megatron_vespo.algorithms.loss import Aggregation
-from megatron_vespo.algorithms.weights import WeightKernel
+from megatron_vespo.algorithms.aggregation import Aggregation
+from megatron_vespo.algorithms.loss import Regularization
+from megatron_vespo.algorithms.weights import Weighting
 from megatron_vespo.batching import MicrobatchPlan, plan_microbatches, split_minibatches
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import Values, minibatch_metrics, rollout_metrics, supervised_metrics
 from megatron_vespo.metrics.registry import StepMetrics
-from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators
+from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators, minibatch_ratios
 from megatron_vespo.policy.packing import packed_length
 from megatron_vespo.policy.policy import Policy, Table
 from megatron_vespo.record import Recorder
@@ -87,21 +88,28 @@ class Algorithm:
 
     Attributes:
         assign_advantages: Sets ``sample.advantage`` of complete groups.
-        kernel: Weight kernel.
-        params: Its parameters.
+        weighting: How much each token's gradient counts.
         aggregation: Divisor of the loss.
-        recompute_log_mu: Take mu from the trainer's own forward pass over the fresh batch.
+        regularization: KL and entropy terms.
+        behavior_logprobs: Whether mu is the sampler's, the trainer's own, or both are kept.
+        max_response: Longest response allowed, in tokens.
     """
 
     assign_advantages: Callable[[Sequence[SampleGroup]], None]
-    kernel: WeightKernel[object]
-    params: object
+    weighting: Weighting
     aggregation: Aggregation
-    recompute_log_mu: bool
+    regularization: Regularization
+    behavior_logprobs: Literal["rollout", "recompute", "both"]
+    max_response: int
 
-    def objective(self, minibatch: Sequence[Sample]) -> Objective:
-        """The loss of one global minibatch."""
-        return PolicyGradient(self.kernel, self.params, self.aggregation, denominators(minibatch))
+    def objective(self, policy: Policy, minibatch: Sequence[Sample], schedule: Schedule) -> PolicyGradient:
+        """The loss of one global minibatch; a collective where the weights depend on all of it."""
+        weighting = self.weighting
+        if weighting.needs_minibatch:
+            log_pi = policy.log_probs(minibatch, schedule.rank_plan(minibatch))
+            weighting = weighting.measured(minibatch_ratios(minibatch, log_pi))
+        sizes = denominators(minibatch, self.max_response)
+        return PolicyGradient(weighting, self.aggregation, sizes, self.regularization)
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,10 @@ class Schedule:
             names=[sample.name for sample in samples],
             multiple_of=self.microbatch_multiple,
         )
+
+    def rank_plan(self, samples: Sequence[Sample]) -> Sequence[Sequence[int]]:
+        """Microbatches of a minibatch for this rank."""
+        return self.plan(samples).ranks[parallel.data_parallel_rank()]
 
     def check_staleness(self, samples: Sequence[Sample], policy_version: int) -> None:
         """Assert the bound that admission keeps; a breach is a mistake in this program."""
@@ -177,11 +189,12 @@ def train_rl(
         samples = [sample for group in groups for sample in group.samples]
         log_w: dict[str, float] = {}
         with recorder.timed("train"):
-            if algorithm.recompute_log_mu:
-                _recompute_log_mu(policy, samples, schedule)
+            _score(policy, samples, algorithm, schedule)
             for minibatch in split_minibatches(samples, schedule.minibatches_per_step):
                 schedule.check_staleness(minibatch, progress.policy_version)
-                table = _update(policy, minibatch, algorithm.objective(minibatch), schedule, metrics, progress)
+                objective = algorithm.objective(policy, minibatch, schedule)
+                table = _update(policy, minibatch, objective, schedule, metrics, progress)
+                objective.check(table)
                 metrics.update(minibatch_metrics(minibatch, table, progress.policy_version - 1))
                 log_w.update(zip((sample.name for sample in minibatch), table["log_w"].tolist(), strict=True))
         with recorder.timed("sync"):
@@ -261,10 +274,17 @@ def _update(
     return table
 
 
-def _recompute_log_mu(policy: Policy, samples: Sequence[Sample], schedule: Schedule) -> None:
-    """Replace the sampler's log-probabilities by the trainer's own, under the weights that begin this step."""
-    plan = schedule.plan(samples)
-    for sample, log_mu in zip(
-        samples, policy.log_probs(samples, plan.ranks[parallel.data_parallel_rank()]), strict=True
-    ):
-        sample.log_mu = log_mu
+def _score(policy: Policy, samples: Sequence[Sample], algorithm: Algorithm, schedule: Schedule) -> None:
+    """What the trainer itself says of a fresh batch, under the weights that begin this step and under the reference."""
+    recomputes, anchored = algorithm.behavior_logprobs != "rollout", algorithm.regularization.kl_coef != 0
+    plan = schedule.rank_plan(samples) if recomputes or anchored else []
+    if recomputes:
+        for sample, log_old in zip(samples, policy.log_probs(samples, plan), strict=True):
+            if algorithm.behavior_logprobs == "both":
+                sample.log_old = log_old
+            else:
+                sample.log_mu = log_old
+    if anchored:
+        with policy.reference():
+            for sample, log_ref in zip(samples, policy.log_probs(samples, plan), strict=True):
+                sample.log_ref = log_ref

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 
 from megatron_vespo import connect
+from megatron_vespo.algorithms.methods import make_advantages
 from megatron_vespo.checks import describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.data.tokenizer import load_tokenizer
@@ -65,7 +66,7 @@ def generate(
     run_rollouts(
         service,
         connect.make_evaluator(config, service, connection),
-        connect.make_advantages(config),
+        make_advantages(config.algorithm),
         config.training.steps,
         recorder,
     )

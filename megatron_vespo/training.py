@@ -53,6 +53,7 @@ def train(
         rollouts = assemble.make_replay(config, architecture)  # before the model: the files may not fit
         recorder.message(f"no server: training on the rollout batches in {config.rollout.replay}, without evaluation")
     schedule = assemble.make_schedule(config, architecture)
+    algorithm = assemble.make_algorithm(config)  # before the model: the configuration may be wrong
     progress, data = Progress(), None
     with recorder.phase(f"building the model ({layout})"):
         trainer = assemble.make_trainer(config, architecture, resumes=resume_after is not None)
@@ -69,7 +70,6 @@ def train(
         batches = assemble.sft_batches(stream, config.training.samples_per_step)
         train_sft(trainer.policy, batches, schedule, recorder, saver, progress)
         return
-    algorithm = assemble.make_algorithm(config)
     if rollouts is None:
         with recorder.phase("connecting to SGLang"):
             rollouts = assemble.make_rollouts(

@@ -54,6 +54,9 @@ class Sample:
         log_mu: Log-probability (nats) of each token under the distribution it was really sampled from, temperature
             included, shape [R], float32.
         weight_versions: Policy version that sampled each token, shape [R].
+        log_old: Log-probability (nats) of each token under the trainer's policy as this step began, shape [R], float32;
+            None where it is not kept apart from log_mu.
+        log_ref: The same under the reference policy; None without one.
         finish_reason: ``stop``, ``length`` or ``abort``.
         text: The response as text, special tokens kept; for rewards and people, never tokenised again.
         reward: Score of the response; 0 where it could not be scored.
@@ -72,6 +75,8 @@ class Sample:
     reward: float = 0.0
     advantage: float = 0.0
     reward_error: str = ""
+    log_old: FloatArray | None = None
+    log_ref: FloatArray | None = None
 
     @property
     def name(self) -> str:

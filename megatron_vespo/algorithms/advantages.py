@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vespo.errors import UserError
-from megatron_vespo.types import SampleGroup
+from megatron_vespo.types import Sample, SampleGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,21 @@ def get_advantage_estimator(name: str) -> AdvantageEstimator[Any]:
     return ADVANTAGE_ESTIMATORS[name]
 
 
+def scored_samples(group: SampleGroup) -> list[Sample]:
+    """The samples that advantages are relative to, after all of the group got advantage 0.
+
+    Raises:
+        UserError: A reward is not finite; names the sample.
+    """
+    scored = [sample for sample in group.samples if not sample.reward_error]
+    for sample in scored:
+        if not math.isfinite(sample.reward):
+            raise UserError(f"the reward of sample {sample.name} is {sample.reward}; rewards must be finite")
+    for sample in group.samples:
+        sample.advantage = 0.0
+    return scored
+
+
 @dataclass(frozen=True, slots=True)
 class GroupNormalizedParams:
     """Parameters of ``group_normalized``.
@@ -86,12 +101,7 @@ def group_normalized(groups: Sequence[SampleGroup], params: GroupNormalizedParam
         UserError: A reward is not finite; names the sample.
     """
     for group in groups:
-        scored = [sample for sample in group.samples if not sample.reward_error]
-        for sample in scored:
-            if not math.isfinite(sample.reward):
-                raise UserError(f"the reward of sample {sample.name} is {sample.reward}; rewards must be finite")
-        for sample in group.samples:
-            sample.advantage = 0.0
+        scored = scored_samples(group)
         for sample, advantage in zip(scored, _normalize([sample.reward for sample in scored], params), strict=True):
             sample.advantage = advantage
 
@@ -107,3 +117,24 @@ def _normalize(rewards: list[float], params: GroupNormalizedParams) -> list[floa
         return centered
     std = math.sqrt(math.fsum(value * value for value in centered) / (len(rewards) - 1))
     return [value / (std + params.eps) for value in centered]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveOneOutParams:
+    """``leave_one_out`` has no parameters."""
+
+
+@advantage_estimator("leave_one_out", LeaveOneOutParams)
+def leave_one_out(groups: Sequence[SampleGroup], params: LeaveOneOutParams) -> None:
+    """A = reward - mean of the other samples' rewards (RLOO, arXiv 2402.14740): an unbiased baseline.
+
+    Equal rewards, groups of one sample and samples that could not be scored are treated as in ``group_normalized``.
+
+    Raises:
+        UserError: A reward is not finite; names the sample.
+    """
+    for group in groups:
+        scored = scored_samples(group)
+        centered = _normalize([sample.reward for sample in scored], GroupNormalizedParams(normalize_std=False))
+        for sample, value in zip(scored, centered, strict=True):
+            sample.advantage = value * len(scored) / max(len(scored) - 1, 1)

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vespo.algorithms.weights import Ratios, get_kernel
+from megatron_vespo.algorithms.aggregation import Aggregation, Denominators
+from megatron_vespo.algorithms.methods import make_advantages, make_aggregation, make_weighting
+from megatron_vespo.algorithms.weights import whole_ratios
 from megatron_vespo.config import AlgorithmSection, Config
-from megatron_vespo.connect import make_advantages
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_folder
 from megatron_vespo.layouts.float64 import Float64
@@ -69,12 +70,30 @@ class Loss:
     """The policy-gradient loss of one sample, -sum over tokens of stopgrad(kappa) * A * log pi / divisor.
 
     Attributes:
-        algorithm: Kernel and its parameters.
-        divisor: Response tokens or samples of the whole batch.
+        algorithm: Kernel and aggregation.
+        whole: Sizes of the whole batch.
     """
 
     algorithm: AlgorithmSection
-    divisor: int
+    whole: Denominators
+
+    def divisor(self, length: int) -> int:
+        """What the tokens of a response of this length are divided by."""
+        match make_aggregation(self.algorithm):
+            case Aggregation.TOKEN_MEAN:
+                return self.whole.tokens
+            case Aggregation.SEQ_MEAN_TOKEN_MEAN:
+                return self.whole.samples * length
+            case Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
+                return self.whole.samples * self.whole.max_response
+        return self.whole.samples
+
+    def weights(self, log_pi: Tensor, log_mu: Tensor, advantage: float) -> Tensor:
+        """Kappa of each token of the sample, [R]."""
+        index = torch.zeros(len(log_mu), dtype=torch.int64)
+        advantages = torch.tensor([advantage], dtype=torch.float64)
+        weighting = make_weighting(self.algorithm, knows_old=False)
+        return weighting(whole_ratios(log_pi, log_mu, None, index, advantages))
 
     def __call__(self, sample: Sample, tokens: TokenFigures) -> tuple[Tensor, dict[str, float]]:
         """The sample's share of the loss, and its row of the table; a sample with an infinite log W adds nothing."""
@@ -82,32 +101,25 @@ class Loss:
         log_pi = tokens.log_pi.detach()
         log_ratio = log_pi - log_mu
         log_w = log_ratio.sum()
-        kernel = get_kernel(self.algorithm.kernel)
-        kappa = kernel(
-            Ratios(
-                log_ratio,
-                torch.zeros(len(log_mu), dtype=torch.int64),
-                log_w[None],
-                torch.tensor([sample.advantage], dtype=torch.float64),
-            ),
-            kernel.params_type(**self.algorithm.kernel_params),
-        )
+        kappa = self.weights(log_pi, log_mu, sample.advantage)
         if not bool(log_w.isfinite()):
             kappa = torch.zeros_like(kappa)
         heard = kappa * sample.advantage != 0
-        loss = -(kappa * sample.advantage * tokens.log_pi)[heard].sum() / self.divisor
+        loss = -(kappa * sample.advantage * tokens.log_pi)[heard].sum() / self.divisor(len(log_mu))
         return loss, {
             "loss": loss.item(),
             "log_w": log_w.item(),
+            "log_drift": log_w.item(),
             "phi": kappa.mean().item(),
             "abs_log_ratio": log_ratio.abs().sum().item(),
             "max_abs_log_ratio": log_ratio.abs().max().item(),
             "entropy": tokens.entropy.sum().item(),
+            "kl_ref": 0.0,
             "tokens": float(len(log_mu)),
         }
 
 
-FIGURES = ("loss", "log_w", "phi", "abs_log_ratio", "max_abs_log_ratio", "entropy", "tokens")
+FIGURES = ("loss", "log_w", "log_drift", "phi", "abs_log_ratio", "max_abs_log_ratio", "entropy", "kl_ref", "tokens")
 EMPTY = dict.fromkeys(FIGURES, 0.0)
 """The row of a sample without response tokens."""
 
@@ -115,7 +127,7 @@ EMPTY = dict.fromkeys(FIGURES, 0.0)
 def accumulate(model: Any, samples: Sequence[Sample], config: Config) -> dict[str, list[float]]:
     """Leave the gradient of the whole batch in the model's parameters; the table of all samples."""
     tokens = sum(len(sample.response_ids) for sample in samples)
-    loss = Loss(config.algorithm, tokens if config.algorithm.aggregation == "token-mean" else len(samples))
+    loss = Loss(config.algorithm, Denominators(tokens, len(samples), config.rollout.max_new_tokens))
     rows = []
     for sample in samples:
         if not len(sample.response_ids):
@@ -183,7 +195,7 @@ class RouterGap:
 def compute(work: Work) -> tuple[Any, Outcome]:
     """The updated model and what the update did."""
     config = work.config
-    make_advantages(config)(work.batch.groups)
+    make_advantages(config.algorithm)(work.batch.groups)
     with Float64():
         model = load_model(config.model.hf_path)
         gap = RouterGap(model)

@@ -30,9 +30,8 @@ def measure(work: Work) -> tuple[HfExporter, Outcome]:
     algorithm, schedule = assemble.make_algorithm(config), assemble.make_schedule(config, architecture)
     algorithm.assign_advantages(work.batch.groups)
     plan = schedule.plan(samples)
-    table = trainer.policy.forward_backward(
-        samples, plan.ranks[parallel.data_parallel_rank()], algorithm.objective(samples)
-    )
+    objective = algorithm.objective(trainer.policy, samples, schedule)
+    table = trainer.policy.forward_backward(samples, schedule.rank_plan(samples), objective)
     result = trainer.policy.optim_step()
     if result.skipped:
         raise UserError(f"the gradient of the batch is not finite: its norm is {result.grad_norm}")

@@ -59,7 +59,24 @@ def minibatch_metrics(samples: Sequence[Sample], table: Table, policy_version: i
         "rollout/staleness_mean": staleness.mean,
         "rollout/staleness_max": staleness.max,
         **weight_metrics(weights),
+        **_parts(samples, table),
     }
+
+
+def _parts(samples: Sequence[Sample], table: Table) -> Values:
+    """What makes log W: drift since the step began and mismatch of the engines; KL from the reference policy."""
+    present = table["tokens"] > 0
+    values: Values = {}
+    if all(sample.log_old is not None for sample in samples):
+        drift = table["log_drift"][present]
+        mismatch = table["log_w"][present] - drift
+        for name, part in (("drift", drift), ("mismatch", mismatch)):
+            finite = part[np.isfinite(part)]
+            values[f"vespo/log_w_{name}_mean"] = float(finite.mean()) if len(finite) else None
+            values[f"vespo/log_w_{name}_abs_mean"] = float(np.abs(finite).mean()) if len(finite) else None
+    if all(sample.log_ref is not None for sample in samples):
+        values["train/kl_ref"] = float(table["kl_ref"].sum() / max(table["tokens"].sum(), 1.0))
+    return values
 
 
 def supervised_metrics(samples: Sequence[Sample], table: Table) -> Values:

@@ -55,6 +55,16 @@ _PLAIN = (
     ("train/learning_rate", "", _LAST, "Learning rate of the last update."),
     ("train/log_ratio_abs_mean", "nats", _MEAN, "Mean |log pi - log mu| of response tokens."),
     ("train/log_ratio_abs_max", "nats", _MAX, "Largest |log pi - log mu| of a response token."),
+    ("train/kl_ref", "nats", _MEAN, "Mean KL estimate of response tokens from the reference policy (kl_coef > 0)."),
+    ("vespo/log_w_drift_mean", "nats", _MEAN, "Mean log pi/pi_old of samples: staleness within the step."),
+    ("vespo/log_w_drift_abs_mean", "nats", _MEAN, "Mean |log pi/pi_old| of samples."),
+    (
+        "vespo/log_w_mismatch_mean",
+        "nats",
+        _MEAN,
+        "Mean log pi_old/mu of samples: mismatch of the engines, and staleness from before the step.",
+    ),
+    ("vespo/log_w_mismatch_abs_mean", "nats", _MEAN, "Mean |log pi_old/mu| of samples."),
     (
         "train/load_balancing_loss",
         "",

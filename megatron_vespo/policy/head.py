@@ -15,13 +15,16 @@ from megatron_vespo.policy.logprobs import TokenLogProbs, token_log_probs
 from megatron_vespo.policy.packing import PackedBatch
 
 
-def log_prob_head(batch: PackedBatch, vocab_size: int, temperature: float) -> Callable[..., TokenLogProbs]:
+def log_prob_head(
+    batch: PackedBatch, vocab_size: int, temperature: float, entropy_gradient: bool
+) -> Callable[..., TokenLogProbs]:
     """An ``output_processor`` for GPTModel (models/gpt/gpt_model.py, _postprocess) that sees this microbatch.
 
     Args:
         batch: Which positions are response rows, and what their targets are.
         vocab_size: Vocabulary without padding.
         temperature: The sampler's.
+        entropy_gradient: Whether the entropy is differentiable.
     """
 
     def process(
@@ -40,6 +43,7 @@ def log_prob_head(batch: PackedBatch, vocab_size: int, temperature: float) -> Ca
             trained=batch.trained_rows,
             vocab_size=vocab_size,
             temperature=temperature,
+            entropy_gradient=entropy_gradient,
         )
 
     return process

@@ -38,7 +38,8 @@ class TokenLogProbs:
 
     Attributes:
         log_pi: Log-probability (nats) of each token, [R]; differentiable in its first rows, detached in the rest.
-        entropy: Entropy (nats) of the distribution it was drawn from, [R], detached.
+        entropy: Entropy (nats) of the distribution it was drawn from, [R]; differentiable as log_pi is if that was
+            asked for, else detached.
         correct: Whether no token was more likely, [R] bool.
     """
 
@@ -48,7 +49,14 @@ class TokenLogProbs:
 
 
 def token_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, trained: int, vocab_size: int, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    trained: int,
+    vocab_size: int,
+    temperature: float,
+    entropy_gradient: bool = False,
 ) -> TokenLogProbs:
     """Log-probabilities of ``targets`` under softmax(hidden @ weight.T / temperature).
 
@@ -64,19 +72,29 @@ def token_log_probs(
         trained: The first so many rows have a gradient. The others cost a forward pass only.
         vocab_size: Size without padding; padded entries have probability 0.
         temperature: The sampler's, so that pi is the distribution that mu is of.
+        entropy_gradient: Make the entropy differentiable too, for a second tile of memory in the backward pass.
     """
-    trained_log_pi, rest, entropy, correct = _TiledLogProbs.apply(
-        hidden, weight, targets, trained, vocab_size, temperature
+    trained_log_pi, rest, trained_entropy, rest_entropy, correct = _TiledLogProbs.apply(
+        hidden, weight, targets, trained, vocab_size, temperature, entropy_gradient
     )
-    return TokenLogProbs(torch.cat([trained_log_pi, rest]), entropy, correct)
+    return TokenLogProbs(torch.cat([trained_log_pi, rest]), torch.cat([trained_entropy, rest_entropy]), correct)
 
 
 class _TiledLogProbs(torch.autograd.Function):
-    """With logits x = hidden @ weight.T: d log pi_t / d x_v = (1[v = t] - p_v) / temperature."""
+    """With logits x = hidden @ weight.T, d log pi_t / d x_v = (1[v = t] - p_v) / temperature, and the entropy H has
+    d H / d x_v = -p_v (log p_v + H) / temperature.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, trained: int, vocab_size: int, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        trained: int,
+        vocab_size: int,
+        temperature: float,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, ...]:
         first = parallel.tensor_parallel_rank() * len(weight)
         entries = max(min(vocab_size - first, len(weight)), 0)
@@ -84,20 +102,24 @@ class _TiledLogProbs(torch.autograd.Function):
         sums = _row_sums(hidden, weight[:entries], local_targets, temperature)
         highest, total, weighted, chosen = _over_ranks(sums)
         log_total = total.log()
-        ctx.save_for_backward(hidden, weight, local_targets, highest + log_total)
+        entropy = log_total - weighted / total
+        ctx.save_for_backward(hidden, weight, local_targets, highest + log_total, entropy if entropy_gradient else None)
         ctx.trained, ctx.entries, ctx.temperature = trained, entries, temperature
         # The last term is 0, but NaN beside a logit of -inf, of which the others do not tell.
         log_pi = (chosen - highest) - log_total + 0 * weighted
-        entropy = log_total - weighted / total
         correct = chosen >= highest
-        rest = log_pi[trained:].clone()
-        ctx.mark_non_differentiable(rest, entropy, correct)
-        return log_pi[:trained].clone(), rest, entropy, correct
+        trained_entropy, rest_entropy, rest = (
+            entropy[:trained].clone(),
+            entropy[trained:].clone(),
+            log_pi[trained:].clone(),
+        )
+        ctx.mark_non_differentiable(rest, rest_entropy, correct, *(() if entropy_gradient else (trained_entropy,)))
+        return log_pi[:trained].clone(), rest, trained_entropy, rest_entropy, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-        all_hidden, weight, all_targets, all_log_sum_exp = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, unused: Any, entropy_grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        all_hidden, weight, all_targets, all_log_sum_exp, entropy = ctx.saved_tensors
         hidden, local_targets, log_sum_exp = (x[: ctx.trained] for x in (all_hidden, all_targets, all_log_sum_exp))
         # The rest of the rows, and of the weight, is padding or has no gradient.
         hidden_grad = torch.zeros_like(all_hidden, dtype=log_sum_exp.dtype)
@@ -107,13 +129,18 @@ class _TiledLogProbs(torch.autograd.Function):
         tiles = _Tiles(hidden, ctx.entries, ctx.temperature)
         for start, stop in tiles.bounds:
             part = weight[start:stop]
-            probabilities = tiles.logits(part).sub_(log_sum_exp.unsqueeze(1)).exp_()
+            log_probabilities = tiles.logits(part).sub_(log_sum_exp.unsqueeze(1))
+            of_entropy = None if entropy is None else log_probabilities + entropy[: ctx.trained].unsqueeze(1)
+            probabilities = log_probabilities.exp_()
+            if of_entropy is not None:
+                of_entropy.mul_(probabilities).mul_((entropy_grad / -ctx.temperature).unsqueeze(1))
             column, inside = _columns(local_targets, start, stop)
             probabilities.scatter_add_(1, column, -inside.to(probabilities.dtype))
-            logits_grad = tiles.rounded(probabilities.mul_(scale))
+            logits_grad = probabilities.mul_(scale)
+            logits_grad = tiles.rounded(logits_grad if of_entropy is None else logits_grad.add_(of_entropy))
             torch.mm(logits_grad.t(), hidden, out=weight_grad[start:stop])
             tiles.add_product(hidden_grad[: ctx.trained], logits_grad, part)
-        return hidden_grad.to(hidden.dtype), weight_grad, None, None, None, None
+        return hidden_grad.to(hidden.dtype), weight_grad, None, None, None, None, None
 
 
 class _Tiles:

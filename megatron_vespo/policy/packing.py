@@ -44,6 +44,8 @@ class PackedBatch:
         trained_rows: The first so many rows have a gradient; the coefficient of the others is known to be 0.
         advantages: [S] float32.
         indices: Number of each sample in the global minibatch, [S] int64.
+        log_old: Log-probabilities under the policy that began the step, [R] float32; None if the samples have none.
+        log_ref: Under the reference policy, [R] float32; None if the samples have none.
     """
 
     tokens: Tensor
@@ -57,6 +59,8 @@ class PackedBatch:
     trained_rows: int
     advantages: Tensor
     indices: Tensor
+    log_old: Tensor | None
+    log_ref: Tensor | None
 
     @property
     def num_samples(self) -> int:
@@ -100,6 +104,10 @@ def pack(
     def tensor(array: np.ndarray, dtype: type) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device, non_blocking=True)
 
+    def optional(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
+        given = [array for array in arrays if array is not None]
+        return tensor(_joined(given), np.float32) if given and len(given) == len(arrays) else None
+
     ranges = [np.arange(length) for length in (*lengths, total - filled)]
     rows = [np.arange(stop - size, stop) for stop, size in zip(stops, responses, strict=True)]
     return PackedBatch(
@@ -115,6 +123,8 @@ def pack(
         trained_rows=sum(size for sample, size in zip(chosen, responses, strict=True) if trains(sample)),
         advantages=tensor(np.array([sample.advantage for sample in chosen]), np.float32),
         indices=tensor(np.array(order), np.int64),
+        log_old=optional([sample.log_old for sample in chosen]),
+        log_ref=optional([sample.log_ref for sample in chosen]),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from megatron_vespo.policy.logprobs import TokenLogProbs
 from megatron_vespo.policy.objectives import NONFINITE, Objective
 from megatron_vespo.policy.optimizer import Optimizer, build_optimizer, build_scheduler, mark_experts
 from megatron_vespo.policy.packing import PackedBatch, pack
+from megatron_vespo.policy.reference import HostWeights
 from megatron_vespo.policy.router_losses import take_router_losses
 from megatron_vespo.types import FloatArray, Sample
 
@@ -117,6 +119,7 @@ class Policy:
         for ddp in self._ddp:
             ddp.broadcast_params()
         self._router_losses: dict[str, float] = {}
+        self._reference: HostWeights | None = None
 
     def forward_backward(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], objective: Objective) -> Table:
         """Accumulate the gradient of one global minibatch.
@@ -148,7 +151,14 @@ class Policy:
                 _fill(table, batch, [columns[name] for name in objective.columns])
             return loss * scale
 
-        self._run(samples, plan, finish, trains=objective.trains, forward_only=False)
+        self._run(
+            samples,
+            plan,
+            finish,
+            trains=objective.trains,
+            forward_only=False,
+            entropy_gradient=objective.needs_entropy_gradient,
+        )
         self._router_losses = take_router_losses(self.chunks[0].config, len(plan))
         return _completed(table, objective.columns, samples)
 
@@ -176,6 +186,15 @@ class Policy:
         self._run(samples, plan, finish, trains=lambda sample: False, forward_only=True)
         values = parallel.all_reduce_sum(flat).cpu().numpy()
         return list(np.split(values, ends[:-1]))
+
+    def keep_reference(self) -> None:
+        """Keep a copy of the weights, in host memory, as the reference policy."""
+        self._reference = HostWeights(self.chunks)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, ``log_probs`` are the reference policy's."""
+        assert self._reference is not None
+        return self._reference.in_place()
 
     def optim_step(self) -> StepResult:
         """Clip, step the optimizer, then the schedule; nothing, as Megatron-LM, where the gradient is not finite."""
@@ -223,6 +242,7 @@ class Policy:
         *,
         trains: Callable[[Sample], bool],
         forward_only: bool,
+        entropy_gradient: bool = False,
     ) -> None:
         """Run the microbatches through the pipeline; ``finish`` is called on its last stage."""
         batches = [
@@ -238,7 +258,7 @@ class Policy:
                 attention_mask=None,
                 packed_seq_params=batch.packed_seq_params,
                 padding_mask=self._padding_mask(batch, ddp),
-                output_processor=log_prob_head(batch, self._vocab_size, self._temperature),
+                output_processor=log_prob_head(batch, self._vocab_size, self._temperature, entropy_gradient),
             )
             return output, partial(loss_of, batch)
 

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_vespo import parallel
-from megatron_vespo.algorithms.loss import Aggregation
-from megatron_vespo.algorithms.weights import KERNELS, VespoParams
+from megatron_vespo.algorithms.aggregation import Aggregation
+from megatron_vespo.algorithms.loss import Regularization
+from megatron_vespo.algorithms.methods import KERNELS
+from megatron_vespo.algorithms.vespo import VespoParams
+from megatron_vespo.algorithms.weights import Weighting
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import microbatch_multiple
 from megatron_vespo.models.export import HfExporter
@@ -49,9 +52,10 @@ CASES = {
     "token-mean, an empty microbatch": Case("token-mean", 40, empty=True),
     "seq-mean-token-sum": Case("seq-mean-token-sum", 30),
     "next token": Case("next-token", 30, empty=True),
+    "grpo, kl and entropy": Case("grpo", 30),
 }
 # Which objective and cut meets which optimizer matters to neither.
-ORDINARY = ("token-mean, an empty microbatch", "seq-mean-token-sum", "next token")
+ORDINARY = ("token-mean, an empty microbatch", "seq-mean-token-sum", "next token", "grpo, kl and entropy")
 DISTRIBUTED = ("token-mean, many microbatches", "next token")
 TP = {"tensor_model_parallel_size": 2}
 TP_SP = TP | {"sequence_parallel": True}
@@ -134,7 +138,11 @@ def single(folders: dict[str, Path], samples: dict[str, list[Sample]]) -> dict[s
 def objective_of(name: str, samples: Sequence[Sample]) -> Objective:
     if name == "next-token":
         return NextToken(denominators(samples))
-    return PolicyGradient(KERNELS["vespo"], VespoParams(), Aggregation(name), denominators(samples))
+    if name == "grpo":
+        weighting = Weighting(KERNELS["grpo"], KERNELS["grpo"].make_params({}))
+        regularization = Regularization(kl_coef=0.5, entropy_coef=0.1)
+        return PolicyGradient(weighting, Aggregation.SEQ_MEAN_TOKEN_MEAN, denominators(samples), regularization)
+    return PolicyGradient(Weighting(KERNELS["vespo"], VespoParams()), Aggregation(name), denominators(samples))
 
 
 def train(
@@ -146,6 +154,15 @@ def train(
         case = CASES[name]
         policy = make_policy(folder, megatron)
         plan = make_plan(samples, case.max_tokens, case.empty, microbatch_multiple(megatron))
+        if name == "grpo, kl and entropy":
+            # Of the reference, while the policy is the one after the first update: they differ.
+            policy.keep_reference()
+            warm_up = objective_of("token-mean", samples)
+            policy.forward_backward(samples, plan, warm_up)
+            policy.optim_step()
+            with policy.reference():
+                log_ref = policy.log_probs(samples, plan)
+            samples = [replace(sample, log_ref=values) for sample, values in zip(samples, log_ref, strict=True)]
         log_probs = policy.log_probs(samples, plan)
         tables, norms = [], []
         for _ in range(UPDATES):
@@ -194,6 +211,9 @@ def test_the_update_does_something(single: dict[str, dict[str, Outcome]], folder
         assert min(first.grad_norms) > 0.2, "so that clipping acts"
         assert abs(first.grad_norms[1] / first.grad_norms[0] - 1) > 1e-3
         assert abs(outcomes["seq-mean-token-sum"].grad_norms[0] / first.grad_norms[0] - 1) > 0.1
+        regularized = outcomes["grpo, kl and entropy"].tables[0]
+        assert regularized["kl_ref"].max() > 1e-4
+        assert abs(regularized["loss"][3]) > 1e-3, "a sample of advantage 0 has the regularization's loss alone"
         assert abs(outcomes["next token"].grad_norms[0] / first.grad_norms[0] - 1) > 0.01
         other = outcomes["next token"].weights
         assert all(float((first.weights[name] - other[name]).abs().max()) > 1e-4 for name in other if "norm" in name)

@@ -105,7 +105,7 @@ def test_log_mu_is_kept_as_it_was_sampled(sglang_server: SGLangServer, control: 
     tokens = [len(sample.response_ids) for group in load_all(shifted)[0].groups for sample in group.samples]
 
     once = ["training.steps=1", "training.minibatches_per_step=1", "rollout.save_batches=true"]
-    for behavior in ("rollout", "recompute"):
+    for behavior in ("rollout", "recompute", "both"):
         assert replay(config, shifted, *once, f"rollout.behavior_logprobs={behavior}", name=behavior) == [0, 0]
     (sampled,), (recomputed,) = metrics_of(tmp_path, "rollout"), metrics_of(tmp_path, "recompute")
     assert sampled["vespo/log_w_mean"] == pytest.approx(-SHIFT * np.mean(tokens), rel=1e-3)
@@ -115,6 +115,29 @@ def test_log_mu_is_kept_as_it_was_sampled(sglang_server: SGLangServer, control: 
     for ours, theirs in zip(load_batch(again).groups, load_all(shifted)[0].groups, strict=True):
         for a, b in zip(ours.samples, theirs.samples, strict=True):
             np.testing.assert_array_equal(a.log_mu, b.log_mu)  # ... but not in the file
+
+    # Both: W is the sampler's, in two parts.
+    (both,) = metrics_of(tmp_path, "both")
+    for name in ("vespo/log_w_mean", "vespo/phi_mean", "train/grad_norm"):
+        assert both[name] == pytest.approx(sampled[name], rel=1e-4), name
+    assert abs(both["vespo/log_w_drift_mean"]) < 1e-4
+    assert both["vespo/log_w_mismatch_mean"] == pytest.approx(sampled["vespo/log_w_mean"], rel=1e-3)
+    assert "vespo/log_w_drift_mean" not in sampled
+
+    # A clipped method with a correction, a second update, a reference policy and an entropy term.
+    grpo = [
+        "training.minibatches_per_step=2",
+        "rollout.behavior_logprobs=both",
+        "algorithm.kernel=grpo",
+        "algorithm.corrections={tis: {}}",
+        "algorithm.kl_coef=0.1",
+        "algorithm.entropy_coef=0.01",
+    ]
+    assert replay(config, shifted, *once, *grpo, name="grpo") == [0, 0]
+    (corrected,) = metrics_of(tmp_path, "grpo")
+    # W is below 1 for every token, and so is the correction: the first minibatch's weights are exp(-SHIFT).
+    assert corrected["vespo/phi_mean"] == pytest.approx(np.exp(-SHIFT), rel=0.02)
+    assert corrected["train/kl_ref"] > 0 and corrected["vespo/log_w_drift_abs_mean"] > 0
 
 
 def set_version(server: SGLangServer, version: str) -> None:

@@ -73,7 +73,7 @@ def test_an_unknown_key_unlike_all_others_gets_no_guess() -> None:
         ({"run": {"name": ""}}, "run.name"),
         ({"rollout": {"temperature": 0.0}}, "rollout.temperature"),
         ({"rollout": {"stop_token_ids": [1, "2"]}}, "rollout.stop_token_ids.1"),
-        ({"rollout": {"behavior_logprobs": "both"}}, "rollout.behavior_logprobs"),
+        ({"rollout": {"behavior_logprobs": "neither"}}, "rollout.behavior_logprobs"),
         ({"rollout": {"server": {"port": 70000}}}, "rollout.server.port"),
         ({"data": {"train": "t", "evaluation": {"a": 1}}}, "data.evaluation.a"),
         ({"algorithm": {"kernel_params": {"c1_pos": "2"}}}, "algorithm.kernel_params.c1_pos"),

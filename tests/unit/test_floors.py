@@ -18,6 +18,7 @@ WORDS = {
     "upstream",
     "files",
     "codec",
+    "dotted",
     "guard",
     "checkpoint_folder",
     "processes",

@@ -5,15 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vespo.algorithms.weights import (
-    KERNELS,
-    Ratios,
-    ReinforceParams,
-    VespoParams,
-    get_kernel,
-    vespo_phi,
-    weight_kernel,
-)
+from megatron_vespo.algorithms.baselines import NoParams
+from megatron_vespo.algorithms.methods import KERNELS, get_kernel
+from megatron_vespo.algorithms.vespo import VespoParams, largest_phi, vespo_phi
+from megatron_vespo.algorithms.weights import Ratios, weight_kernel, whole_ratios
 from megatron_vespo.errors import UserError
 
 INF = math.inf
@@ -22,7 +17,8 @@ INF = math.inf
 def ratios(log_w: list[float], advantages: list[float], dtype: torch.dtype = torch.float32) -> Ratios:
     """One token a sample."""
     values = torch.tensor(log_w, dtype=dtype)
-    return Ratios(values, torch.arange(len(log_w)), values, torch.tensor(advantages, dtype=dtype))
+    index = torch.arange(len(log_w))
+    return whole_ratios(values, torch.zeros_like(values), None, index, torch.tensor(advantages, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -40,7 +36,7 @@ def test_phi_is_exact_at_its_fixed_points(dtype: torch.dtype, c1: float, c2: flo
 
 @pytest.mark.parametrize("c1, c2", [(2.0, 3.0), (3.0, 2.0), (0.5, 0.5), (1.0, 8.0)])
 def test_phi_stays_below_its_bound_and_reaches_it(c1: float, c2: float) -> None:
-    bound = (c1 / c2) ** c1 * math.exp(c2 - c1)
+    bound = largest_phi(c1, c2)
     log_w = torch.cat([torch.linspace(-1000, 1000, 40_001), torch.linspace(-3, 3, 60_001)])
     phi = vespo_phi(log_w, c1, c2, 80.0)
     assert phi.max() <= bound * (1 + 1e-6)
@@ -76,16 +72,15 @@ def test_vespo_takes_the_sign_from_the_samples_advantage() -> None:
 
 
 def test_vespo_gives_every_token_its_samples_weight() -> None:
-    log_w = torch.tensor([0.3, -0.2])
-    kappa = KERNELS["vespo"](
-        Ratios(torch.zeros(5), torch.tensor([1, 0, 1, 1, 0]), log_w, torch.tensor([1.0, -1.0])), VespoParams()
-    )
-    a, b = vespo_phi(log_w[:1], 2, 3, 80).item(), vespo_phi(log_w[1:], 3, 2, 80).item()
+    log_ratio, index = torch.tensor([-0.1, 0.4, -0.2, 0.1, -0.1]), torch.tensor([1, 0, 1, 1, 0])
+    given = whole_ratios(log_ratio, torch.zeros(5), None, index, torch.tensor([1.0, -1.0]))
+    kappa = KERNELS["vespo"](given, VespoParams())
+    a, b = vespo_phi(given.log_w[:1], 2, 3, 80).item(), vespo_phi(given.log_w[1:], 3, 2, 80).item()
     assert kappa.tolist() == [b, a, b, b, a]
 
 
 def test_reinforce_is_one() -> None:
-    assert KERNELS["reinforce"](ratios([5.0, -INF], [1.0, -1.0]), ReinforceParams()).tolist() == [1.0, 1.0]
+    assert KERNELS["reinforce"](ratios([5.0, -INF], [1.0, -1.0]), NoParams()).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["c1_pos", "c2_pos", "c1_neg", "c2_neg", "log_w_limit"])
@@ -104,7 +99,7 @@ def test_the_limit_may_not_overflow_float32() -> None:
 def test_registry() -> None:
     assert get_kernel("vespo") is KERNELS["vespo"]
     assert get_kernel("vespo").params_type is VespoParams
-    with pytest.raises(UserError, match="reinforce, vespo"):
+    with pytest.raises(UserError, match="grpo, gspo, m2po, reinforce, rloo, sapo, topr, vespo"):
         get_kernel("ppo2")
     with pytest.raises(ValueError, match="twice"):
         weight_kernel("vespo", VespoParams)(lambda ratios, params: ratios.log_ratio)

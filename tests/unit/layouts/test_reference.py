@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_vespo import platform
+from megatron_vespo.algorithms.aggregation import Denominators
 from megatron_vespo.config import AlgorithmSection
 from megatron_vespo.config_file import load_config, parse_config
 from megatron_vespo.errors import UserError
@@ -114,7 +115,7 @@ def test_loss_and_gradient_are_the_formula(advantage: float, shift: float) -> No
     sample = make_sample(advantage, [-1.5, -0.25, -3.0])
     log_pi = torch.tensor([-1.25 + shift, -0.5, -2.75], dtype=torch.float64, requires_grad=True)
     entropy = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    loss, row = Loss(AlgorithmSection(), divisor=10)(sample, TokenFigures(log_pi, entropy))
+    loss, row = Loss(AlgorithmSection(), Denominators(10, 3))(sample, TokenFigures(log_pi, entropy))
     loss.backward()
     plain = ReferenceSample(log_pi.tolist(), sample.log_mu.tolist(), advantage)
     value, (gradient,) = loss_and_gradients([plain], 10)
@@ -124,10 +125,12 @@ def test_loss_and_gradient_are_the_formula(advantage: float, shift: float) -> No
         {
             "loss": value,
             "log_w": log_weight(plain),
+            "log_drift": log_weight(plain),
             "phi": phi(log_weight(plain), advantage),
             "abs_log_ratio": abs(0.25 + shift) + 0.5,
             "max_abs_log_ratio": max(abs(0.25 + shift), 0.25),
             "entropy": 7.0,
+            "kl_ref": 0.0,
             "tokens": 3.0,
         },
         rel=1e-13,
@@ -136,7 +139,7 @@ def test_loss_and_gradient_are_the_formula(advantage: float, shift: float) -> No
 
 def test_a_sample_of_infinite_weight_adds_nothing() -> None:
     log_pi = torch.tensor([-1.0, -torch.inf], dtype=torch.float64, requires_grad=True)
-    loss, row = Loss(AlgorithmSection(), 1)(
+    loss, row = Loss(AlgorithmSection(), Denominators(1, 1))(
         make_sample(1.0, [-1.0, -1.0]), TokenFigures(log_pi, torch.zeros(2).double())
     )
     loss.backward()

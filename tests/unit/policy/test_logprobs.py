@@ -32,6 +32,7 @@ class Case:
     sizes: Sizes = BY_FIVE
     trained: int = ROWS
     rows: int = ROWS
+    entropy_gradient: bool = False
 
 
 CASES = [
@@ -49,6 +50,12 @@ CASES = [
     Case(dtype=torch.float32, trained=5, sizes=WHOLE),
     Case(dtype=torch.bfloat16, sizes=WHOLE),
     Case(dtype=torch.bfloat16, temperature=0.7, trained=5),
+    Case(entropy_gradient=True, sizes=WHOLE),
+    Case(entropy_gradient=True, temperature=0.7),
+    Case(entropy_gradient=True, vocab_size=13, trained=5),
+    Case(entropy_gradient=True, trained=0),
+    Case(entropy_gradient=True, dtype=torch.float32, temperature=2.5),
+    Case(entropy_gradient=True, dtype=torch.bfloat16, trained=5),
 ]
 
 
@@ -110,14 +117,18 @@ def run(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     before = hidden.detach().clone(), weight.detach().clone(), targets.clone()
     out = call(case, hidden, weight, targets)
-    assert out.log_pi.requires_grad and not out.entropy.requires_grad and not out.correct.requires_grad
-    (out.log_pi * coefficients(case).to(out.log_pi.dtype)).sum().backward()
+    assert out.log_pi.requires_grad and not out.correct.requires_grad
+    assert out.entropy.requires_grad == case.entropy_gradient
+    total = (out.log_pi * coefficients(case).to(out.log_pi.dtype)).sum()
+    if case.entropy_gradient:
+        total = total + (out.entropy * coefficients(case).flip(0).to(out.log_pi.dtype)).sum()
+    total.backward()
     assert hidden.grad is not None and weight.grad is not None
     for now, then in zip((hidden.detach(), weight.detach(), targets), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     return {
         "log_pi": out.log_pi.detach(),
-        "entropy": out.entropy,
+        "entropy": out.entropy.detach(),
         "correct": out.correct,
         "hidden": hidden.grad,
         "weight": weight.grad,
@@ -126,7 +137,13 @@ def run(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str
 
 def call(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenLogProbs:
     return token_log_probs(
-        hidden, weight, targets, trained=case.trained, vocab_size=case.vocab_size, temperature=case.temperature
+        hidden,
+        weight,
+        targets,
+        trained=case.trained,
+        vocab_size=case.vocab_size,
+        temperature=case.temperature,
+        entropy_gradient=case.entropy_gradient,
     )
 
 
@@ -137,11 +154,15 @@ def expected(case: Case) -> dict[str, Tensor]:
     logits = hidden @ weight[: case.vocab_size].T / case.temperature
     log_p = logits.log_softmax(-1)
     log_pi = log_p.gather(1, targets[:, None])[:, 0]
-    (log_pi * coefficients(case))[: case.trained].sum().backward()
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    total = (log_pi * coefficients(case))[: case.trained].sum()
+    if case.entropy_gradient:
+        total = total + (entropy * coefficients(case).flip(0))[: case.trained].sum()
+    total.backward()
     assert hidden.grad is not None and weight.grad is not None
     return {
         "log_pi": log_pi.detach(),
-        "entropy": -(log_p.exp() * log_p).sum(-1).detach(),
+        "entropy": entropy.detach(),
         "correct": logits.gather(1, targets[:, None])[:, 0] == logits.amax(1),
         "hidden": hidden.grad,
         "weight": weight.grad,

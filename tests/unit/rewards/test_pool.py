@@ -303,8 +303,8 @@ def test_one_coroutine_among_forty(start: Start, text: str, message: str) -> Non
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("task.py:nothing", "reward 'task.py:nothing': task.py has no function 'nothing'"),
-        ("task.py:NOT_A_FUNCTION", "NOT_A_FUNCTION is a int, not a function"),
+        ("task.py:nothing", "reward 'task.py:nothing': task.py has no 'nothing'"),
+        ("task.py:NOT_A_FUNCTION", "NOT_A_FUNCTION' is a int, not a function"),
         ("missing.py:reward", "missing.py does not exist"),
         ("exact", "built in: exact_match"),
         ("broken.py:reward", r"ModuleNotFoundError: No module named 'no_such_thing' \(broken.py:2\)"),

@@ -1,0 +1,67 @@
+"""Objects of the user's own, named in the configuration: ``path/to/file.py:name`` or ``package.module:name``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_vespo.errors import UserError
+
+
+def load_object(spec: str, kind: str) -> Any:
+    """Import what ``spec`` names.
+
+    Args:
+        spec: ``path/to/file.py:name`` or ``package.module:name``.
+        kind: What it is to be, for error messages: ``reward``.
+
+    Raises:
+        UserError: The file, module or name does not exist. Errors raised by the user's own module while it is imported
+            pass through with their traceback.
+    """
+    source, _, name = spec.rpartition(":")
+    module = _load_file(Path(source), kind) if source.endswith(".py") else _load_module(source, kind)
+    found = getattr(module, name, None)
+    if found is None:
+        raise UserError(f"{kind} {spec!r}: {source} has no {name!r}")
+    return found
+
+
+def _load_file(path: Path, kind: str) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"{kind} file {path} does not exist")
+    # The name is made from the whole path: two files of one name must not share a module.
+    name = "megatron_vespo_user_" + re.sub(r"\W", "_", str(path))
+    if name in sys.modules:  # one file may define several objects
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None  # holds for every path that ends in .py
+    module = importlib.util.module_from_spec(module_spec)
+    # Dataclasses and pickle look a module up by its name.
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _load_module(name: str, kind: str) -> ModuleType:
+    if not re.fullmatch(r"\w+(\.\w+)*", name):
+        raise UserError(
+            f"{name!r} is neither a module nor a .py file; write package.module:function or file.py:function"
+        )
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that the user's module fails to import is their error, and needs their traceback.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(f"{kind} module {name!r} cannot be imported: there is no module {error.name!r}") from error

@@ -180,7 +180,8 @@ class AlgorithmSection(Section):
     """Method: vespo, reinforce, rloo, grpo, dapo, dr_grpo, gspo, sapo, cispo, topr, m2po, or one of your own,
     path/to/file.py:name or package.module:name of a WeightKernel."""
     kernel_params: dict[str, float] = {}
-    """Parameters of the kernel, for vespo: c1_pos, c2_pos, c1_neg, c2_neg, log_w_limit (or k_pos, lambda_pos, ...)."""
+    """Parameters of the kernel, for vespo: c1_pos, c2_pos, c1_neg, c2_neg (or k_pos, lambda_pos, ...), log_w_limit,
+    log_w_floor_pos."""
     corrections: dict[str, dict[str, float]] = {}
     """Further factors of the weight for the mismatch between the engines, with their parameters: tis, icepop, mis."""
     advantage: Literal["group_normalized", "leave_one_out"] | None = None

@@ -25,9 +25,12 @@ class VespoParams:
         c1_neg: Power of W where the advantage is < 0 (``k_neg``).
         c2_neg: Rate of the exponential where the advantage is < 0 (``lambda_neg``).
         log_w_limit: Upper limit of log W (nats) inside phi, so that exp(log W) stays finite; at most 88.
+        log_w_floor_pos: Lower limit of log W (nats) inside phi where the advantage is >= 0; the paper has none. With 0,
+            good responses that have become unlikely keep the weight 1 and pull the policy back, where phi(W) falls
+            silent; PPO's clip has the same asymmetry.
 
     Raises:
-        UserError: A value is not positive and finite, or the limit is above what exp holds in float32.
+        UserError: A value is not positive and finite, the limit above what exp holds in float32, or the floor above 0.
     """
 
     c1_pos: float = 2.0
@@ -35,6 +38,7 @@ class VespoParams:
     c1_neg: float = 3.0
     c2_neg: float = 2.0
     log_w_limit: float = 80.0
+    log_w_floor_pos: float = -math.inf
 
     def __post_init__(self) -> None:
         for name in ("c1_pos", "c2_pos", "c1_neg", "c2_neg", "log_w_limit"):
@@ -46,6 +50,8 @@ class VespoParams:
                 f"vespo: log_w_limit must be at most {MAX_LOG_W_LIMIT:g}, got {self.log_w_limit}: "
                 "exp of more overflows float32"
             )
+        if not self.log_w_floor_pos <= 0:
+            raise UserError(f"vespo: log_w_floor_pos must be 0, below, or -.inf for none, got {self.log_w_floor_pos}")
 
 
 def vespo_phi(log_w: Tensor, c1: float, c2: float, log_w_limit: float) -> Tensor:
@@ -69,6 +75,16 @@ def vespo_phi(log_w: Tensor, c1: float, c2: float, log_w_limit: float) -> Tensor
     return torch.where(log_w.isfinite(), phi, torch.zeros_like(phi))
 
 
+def sample_phi(log_w: Tensor, advantages: Tensor, params: VespoParams) -> Tensor:
+    """Weight phi of each sample by the sign of its advantage, log_w and advantages [S] -> [S]."""
+    limit, floor = params.log_w_limit, params.log_w_floor_pos
+    return torch.where(
+        advantages >= 0,
+        vespo_phi(torch.where(log_w.isfinite(), log_w.clamp(min=floor), log_w), params.c1_pos, params.c2_pos, limit),
+        vespo_phi(log_w, params.c1_neg, params.c2_neg, limit),
+    )
+
+
 def largest_phi(c1: float, c2: float) -> float:
     """Sup phi = (c1/c2)^c1 * exp(c2 - c1), at W = c1/c2: 1.208 for (2, 3), 1.242 for (3, 2)."""
     return (c1 / c2) ** c1 * math.exp(c2 - c1)
@@ -86,10 +102,4 @@ def _bound(params: VespoParams) -> float:
 )
 def vespo(ratios: Ratios, params: VespoParams) -> Tensor:
     """VESPO: kappa = phi(W) of the whole sequence, without length normalisation (arXiv 2602.10693)."""
-    limit = params.log_w_limit
-    phi = torch.where(
-        ratios.advantages >= 0,
-        vespo_phi(ratios.log_w, params.c1_pos, params.c2_pos, limit),
-        vespo_phi(ratios.log_w, params.c1_neg, params.c2_neg, limit),
-    )
-    return ratios.spread(phi)
+    return ratios.spread(sample_phi(ratios.log_w, ratios.advantages, params))

@@ -71,6 +71,16 @@ def test_vespo_takes_the_sign_from_the_samples_advantage() -> None:
     assert pos != neg
 
 
+def test_a_floor_keeps_good_responses_heard() -> None:
+    log_w, params = [-9.0, -1.0, 0.5, -1.0, -INF], VespoParams(log_w_floor_pos=0.0)
+    kappa = KERNELS["vespo"](ratios(log_w, [1.0, 1.0, 1.0, -1.0, 1.0]), params).tolist()
+    plain = KERNELS["vespo"](ratios(log_w, [1.0, 1.0, 1.0, -1.0, 1.0]), VespoParams()).tolist()
+    assert kappa == [1.0, 1.0, plain[2], plain[3], 0.0]
+    for value in (0.1, math.nan):
+        with pytest.raises(UserError, match="log_w_floor_pos"):
+            VespoParams(log_w_floor_pos=value)
+
+
 def test_vespo_gives_every_token_its_samples_weight() -> None:
     log_ratio, index = torch.tensor([-0.1, 0.4, -0.2, 0.1, -0.1]), torch.tensor([1, 0, 1, 1, 0])
     given = whole_ratios(log_ratio, torch.zeros(5), None, index, torch.tensor([1.0, -1.0]))

@@ -92,15 +92,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: The file is missing or not YAML, an override is malformed, or a key is wrong.
     """
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of sections, not validated.
+
+    Raises:
+        UserError: The file is missing, not YAML or not a mapping.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file {path}: not found")
     tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def dump_config(config: Config) -> str:

@@ -38,11 +38,11 @@ def make_prompt(digits: tuple[int, ...]) -> dict[str, str]:
     return {"prompt": " ".join(map(str, digits)) + " =", "label": str(sum(digits) % MODULUS)}
 
 
-def make_text(digits: tuple[int, ...], rng: random.Random) -> dict[str, str]:
+def make_text(digits: tuple[int, ...], rng: random.Random, wrong_sum: float = WRONG_SUM) -> dict[str, str]:
     """A worked example with mistakes; the answer repeats the last running sum, right or wrong."""
     total, sums = 0, []
     for digit in digits:
-        total = rng.randrange(MODULUS) if rng.random() < WRONG_SUM else (total + digit) % MODULUS
+        total = rng.randrange(MODULUS) if rng.random() < wrong_sum else (total + digit) % MODULUS
         sums.append(str(total))
     return {"prompt": make_prompt(digits)["prompt"], "response": " ".join([*sums, "#", str(total)])}
 
@@ -55,11 +55,13 @@ def draw_digits(count: int, rng: random.Random) -> list[tuple[int, ...]]:
     return list(drawn)
 
 
-def write_data(folder: Path, seed: int, *, sft: int = 8192, train: int = 4096, heldout: int = 256) -> None:
+def write_data(
+    folder: Path, seed: int, *, sft: int = 8192, train: int = 4096, heldout: int = 256, wrong_sum: float = WRONG_SUM
+) -> None:
     rng = random.Random(seed)
     digits = draw_digits(sft + train + heldout, rng)
     files = {
-        "sft.jsonl": [make_text(d, rng) for d in digits[:sft]],
+        "sft.jsonl": [make_text(d, rng, wrong_sum) for d in digits[:sft]],
         "train.jsonl": [make_prompt(d) for d in digits[sft : sft + train]],
         "heldout.jsonl": [make_prompt(d) for d in digits[sft + train :]],
     }
@@ -67,8 +69,13 @@ def write_data(folder: Path, seed: int, *, sft: int = 8192, train: int = 4096, h
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def write_model(folder: Path) -> None:
-    """Architecture and tokenizer of a Qwen3-MoE with 0.2 M parameters; the weights come from supervised training."""
+def write_model(folder: Path, **sizes: int) -> None:
+    """Architecture and tokenizer of a Qwen3-MoE, the weights of which come from supervised training.
+
+    Args:
+        folder: Must exist.
+        **sizes: Fields of config.json in place of those here, which make 0.2 M parameters.
+    """
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -99,6 +106,7 @@ def write_model(folder: Path) -> None:
         "eos_token_id": EOS,
         "pad_token_id": TOKENS.index("<pad>"),
         "torch_dtype": "float32",
+        **sizes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token="<pad>"))

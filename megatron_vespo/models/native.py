@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -97,6 +98,35 @@ class PackedAttention(MegatronModule):
         return torch.cat([output.transpose(0, 1) for output in outputs]).flatten(1)
 
 
+class PackedSelfAttention(SelfAttention):
+    """Self-attention that rotates all packed sequences in one call.
+
+    Given angles by position in a sequence, Megatron rotates one sequence after the other, a dozen operations each
+    (models/common/embeddings/rope_utils.py:239); given the angles of every token, all at once (:217).
+    """
+
+    def forward(
+        self,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's.
+
+        Args:
+            *args: Hidden states and attention mask.
+            rotary_pos_emb: Angles by position in a sequence, [longest sequence, 1, 1, rotary dimensions].
+            packed_seq_params: Segment borders.
+            **kwargs: What else a layer hands on.
+        """
+        if isinstance(rotary_pos_emb, Tensor) and packed_seq_params is not None:
+            borders = packed_seq_params.cu_seqlens_q.long()
+            starts = borders[:-1].repeat_interleave(borders.diff())
+            rotary_pos_emb = rotary_pos_emb[torch.arange(len(starts), device=starts.device) - starts]
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs)
+
+
 class LatentAttention(MLASelfAttention):
     """Multi-head latent attention whose rotary key has the gradient of all heads.
 
@@ -150,7 +180,7 @@ def _layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
         pre_mlp_layernorm=RMSNorm,
         self_attention=replace(
             attention,
-            module=LatentAttention if config.multi_latent_attention else attention.module,
+            module=LatentAttention if config.multi_latent_attention else PackedSelfAttention,
             submodules=submodules,
         ),
     )

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from examples.staleness_lab.fake_fp8 import Fp8, straight_through
+from megatron_vespo import platform
+
+platform.prepare()
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402 - after prepare()
 
 Linears = Literal["experts", "all"]
 

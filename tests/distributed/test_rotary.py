@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.transformer.attention import SelfAttention
 
 from megatron_vespo.models import native
 from megatron_vespo.policy.objectives import NextToken, denominators
@@ -29,7 +28,7 @@ def test_packed_rotation_is_megatrons_to_the_bit(
 ) -> None:
     folder = make_tiny_qwen3_moe(tmp_path / "model")
     ours = run_ranks(size, _train, folder, sections, **sections)
-    monkeypatch.setattr(native, "PackedSelfAttention", SelfAttention)
+    monkeypatch.setattr(native, "PackedSelfAttention", native.SelfAttention)
     theirs = run_ranks(size, _train, folder, sections, **sections)
     for own, upstream in zip(ours, theirs, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(own, upstream, strict=True))

@@ -1,4 +1,4 @@
-.PHONY: demo chaos layouts test lint format clean
+.PHONY: demo chaos layouts lab-quick lab test lint format clean
 .DEFAULT_GOAL := help
 
 READY := .venv/.ready
@@ -7,6 +7,8 @@ help:
 	@echo "make demo      set everything up and run the demo: a tiny MoE learns arithmetic with VESPO (about 5 minutes)"
 	@echo "make chaos     the demo while its server, a trainer rank, the reward and the disk fail (about 5 minutes)"
 	@echo "make layouts   compare parallel layouts (TP, PP, EP, DP and more) with a float64 reference (about 5 minutes)"
+	@echo "make lab-quick compare 8 methods on stale samples: table, plots, page in runs/lab-quick (about 10 minutes)"
+	@echo "make lab       all methods, mismatches and learning rates, in runs/lab-full (hours; goes on where it stopped)"
 	@echo "make test      set everything up and run all tests"
 	@echo "make lint      ruff and mypy"
 
@@ -22,6 +24,12 @@ chaos: $(READY)
 
 layouts: $(READY)
 	examples/layouts_cpu/run.sh $(ARGS)
+
+lab-quick: $(READY)
+	examples/staleness_lab/run.sh quick $(ARGS)
+
+lab: $(READY)
+	examples/staleness_lab/run.sh full $(ARGS)
 
 test: $(READY)
 	.venv/bin/python -m pytest $(ARGS)

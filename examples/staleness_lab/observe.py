@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -69,6 +70,10 @@ class ObservedPolicy:
     def log_probs(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]]) -> list[FloatArray]:
         """The policy's."""
         return self._policy.log_probs(samples, plan)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The policy's."""
+        return self._policy.reference()
 
     def _note(self, **values: float | None) -> None:
         for name, value in values.items():

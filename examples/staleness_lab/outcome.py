@@ -69,6 +69,15 @@ class Outcome:
         atomic_write(path, json.dumps(asdict(self)))
 
 
+@dataclass(frozen=True)
+class Report:
+    """A cell has ended: with an outcome, which lies in its file, or with an error."""
+
+    cell: Cell
+    outcome: Outcome | None
+    error: str = ""
+
+
 def mean(values: list[float | None]) -> float | None:
     """Of those that are there."""
     found = [value for value in values if value is not None]

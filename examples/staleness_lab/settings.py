@@ -43,6 +43,8 @@ class Mismatch(Section):
 class Task(Section):
     """The digits task, the model and the minibatch; the same in all cells of a sweep."""
 
+    sampler: Literal["in-process", "sglang"] = "in-process"
+    """Who samples: the laboratory's own, or a real SGLang server through the normal launch, one run at a time."""
     updates: int = Field(default=256, ge=1)
     """Optimizer steps of each run, whatever N is."""
     prompts_per_minibatch: int = Field(default=8, ge=1)

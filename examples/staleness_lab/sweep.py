@@ -61,6 +61,7 @@ def run(grid: Grid, folder: Path, workers: int, match: str = "") -> list[Cell]:
     if not todo:
         return []
     print("importing torch and Megatron-Core", flush=True)
+    from examples.staleness_lab.headline import launch_cells
     from examples.staleness_lab.workers import prepare_start, run_cells
 
     start = folder / f"start-{_fingerprint(grid.task)}"
@@ -68,7 +69,9 @@ def run(grid: Grid, folder: Path, workers: int, match: str = "") -> list[Cell]:
         print(f"supervised training of the start, {grid.task.sft_steps} steps", flush=True)
         prepare_start(start, grid.task)
     began, failed = time.monotonic(), []
-    for number, report in enumerate(run_cells(todo, start, folder, workers), start=1):
+    with_sglang = grid.task.sampler == "sglang"
+    reports = launch_cells(todo, start, folder) if with_sglang else run_cells(todo, start, folder, workers)
+    for number, report in enumerate(reports, start=1):
         left = (time.monotonic() - began) / number * (len(todo) - number)
         ended = _in_words(report.outcome) if report.outcome else f"FAILED\n{report.error}"
         print(f"[{number}/{len(todo)}, {left / 60:.0f} min left] {report.cell.name}: {ended}", flush=True)

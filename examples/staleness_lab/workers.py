@@ -11,28 +11,18 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
 from examples.staleness_lab.cell import run_cell
-from examples.staleness_lab.outcome import Outcome, outcome_path
+from examples.staleness_lab.outcome import Report, outcome_path
 from examples.staleness_lab.settings import Cell, Task
 from examples.staleness_lab.start import make_start
 from megatron_vespo import guard, parallel
 
 _CONTEXT = multiprocessing.get_context("fork")
-
-
-@dataclass(frozen=True)
-class Report:
-    """A cell has ended: with an outcome, which lies in its file, or with an error."""
-
-    cell: Cell
-    outcome: Outcome | None
-    error: str = ""
 
 
 def in_a_process[T](function: Callable[..., T], *args: object) -> T:

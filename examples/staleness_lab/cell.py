@@ -52,8 +52,9 @@ def make_config(cell: Cell, start: Path) -> Config:
             "samples_per_prompt": task.samples_per_prompt,
             "max_new_tokens": task.max_new_tokens,
             "max_staleness": cell.perturbation.hold_back,
+            "behavior_logprobs": cell.algorithm.behavior_logprobs,
         },
-        "algorithm": cell.algorithm.model_dump(exclude_unset=True),
+        "algorithm": cell.algorithm.model_dump(exclude_unset=True, exclude={"behavior_logprobs"}),
         "training": {
             "steps": task.updates // cell.n,
             "minibatches_per_step": cell.n,
@@ -124,6 +125,4 @@ def run_cell(cell: Cell, start: Path) -> Outcome:
         )
     except UserError as error:  # NaN gradients or log-probabilities: an outcome
         diverged = str(error)
-    return Outcome(
-        cell.model_dump(mode="json"), observed.history, observed.accuracy, time.process_time() - began, diverged
-    )
+    return Outcome(cell.definition, observed.history, observed.accuracy, time.process_time() - began, diverged)

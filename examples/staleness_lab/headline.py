@@ -115,4 +115,4 @@ def outcome_of(cell: Cell, records: Records, seconds: float, diverged: str) -> O
     history["kl_per_token"] = [None if x is None else -x / length for x, length in log_w for _ in range(cell.n)]
     shares = zip(*records.series(_ACCURACY), strict=True)
     accuracy = [(step * cell.n, share) for step, share in shares]
-    return Outcome(cell.model_dump(mode="json"), history, accuracy, seconds, diverged)
+    return Outcome(cell.definition, history, accuracy, seconds, diverged)

@@ -99,4 +99,4 @@ def outcome_path(folder: Path, cell: Cell) -> Path:
 def is_finished(folder: Path, cell: Cell) -> bool:
     """Whether the very same cell has been run."""
     path = outcome_path(folder, cell)
-    return path.is_file() and read_outcome(path).cell == cell.model_dump(mode="json")
+    return path.is_file() and read_outcome(path).cell == cell.definition

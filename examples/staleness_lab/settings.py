@@ -40,6 +40,13 @@ class Mismatch(Section):
     """Pushes that the sampler is behind: it samples with the weights of so many rollout batches ago."""
 
 
+class Method(AlgorithmSection):
+    """A method: the ``algorithm:`` section of a run, and where its mu comes from."""
+
+    behavior_logprobs: Literal["rollout", "recompute", "both"] = "rollout"
+    """As ``rollout.behavior_logprobs``."""
+
+
 class Task(Section):
     """The digits task, the model and the minibatch; the same in all cells of a sweep."""
 
@@ -77,7 +84,7 @@ class Cell(Section):
 
     method: str
     """Name of the method in the grid."""
-    algorithm: AlgorithmSection
+    algorithm: Method
     """What it is."""
     n: int
     """Minibatches per rollout batch."""
@@ -91,6 +98,11 @@ class Cell(Section):
     """Of sampling and the order of prompts."""
     task: Task
     """What is trained."""
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What its file is compared with. Without defaults, so that a new field does not make old runs void."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
     @property
     def name(self) -> str:
@@ -120,8 +132,8 @@ class Grid(Section):
     """Heading of the page."""
     task: Task = Task()
     """What is trained."""
-    methods: dict[str, AlgorithmSection]
-    """Methods by name: the ``algorithm:`` section of a run."""
+    methods: dict[str, Method]
+    """Methods by name."""
     mismatches: dict[str, Mismatch] = Field(default={})
     """Mismatches by name; ``none`` is always there."""
     blocks: list[Block]

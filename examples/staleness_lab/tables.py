@@ -51,6 +51,8 @@ class Stats:
 
     def __str__(self) -> str:
         digits = 0 if abs(self.mean) >= 100 else 2 if abs(self.mean) >= 0.1 else 3
+        if len(self.values) == 1:
+            return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} [{self.min:.{digits}f}..{self.max:.{digits}f}]"
 
 
@@ -192,4 +194,7 @@ def details(row: Row) -> list[str]:
 
 
 def _table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *lines)]
+    def escaped(cells: Sequence[str]) -> str:
+        return " | ".join(cell.replace("|", "\\|") for cell in cells)
+
+    return [f"| {escaped(cells)} |" for cells in (heading, ["---"] * len(heading), *lines)]

@@ -21,6 +21,7 @@ from examples.staleness_lab.outcome import Report, outcome_path
 from examples.staleness_lab.settings import Cell, Task
 from examples.staleness_lab.start import make_start
 from megatron_vespo import guard, parallel
+from megatron_vespo.errors import UserError
 
 _CONTEXT = multiprocessing.get_context("fork")
 
@@ -132,5 +133,7 @@ def _work(connection: Connection, start: Path, folder: Path) -> None:
             outcome = run_cell(cell, start)
             outcome.write(outcome_path(folder, cell))
             connection.send((outcome, ""))
+        except UserError as error:
+            connection.send((None, str(error)))
         except Exception:  # noqa: BLE001 - reported, and the next cell may be a better one
             connection.send((None, traceback.format_exc()))

@@ -7,15 +7,14 @@ import pytest
 
 from examples.staleness_lab.headline import launch_config, outcome_of
 from examples.staleness_lab.observe import COLUMNS
-from examples.staleness_lab.settings import Cell, Mismatch, Task
-from megatron_vespo.config import AlgorithmSection
+from examples.staleness_lab.settings import Cell, Method, Mismatch, Task
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.records import Records
 
 
 def make_cell(mismatch: Mismatch | None = None, n: int = 4) -> Cell:
     task = Task(sampler="sglang", updates=8, evaluate_every=8)
-    algorithm = AlgorithmSection(kernel="gspo", kernel_params={"eps_low": 0.03})
+    algorithm = Method(kernel="gspo", kernel_params={"eps_low": 0.03})
     perturbation = mismatch or Mismatch()
     return Cell(
         method="m", algorithm=algorithm, n=n, mismatch="x", perturbation=perturbation, lr=1e-3, seed=3, task=task

@@ -15,6 +15,7 @@ from examples.staleness_lab.outcome import Outcome, is_finished, outcome_path, r
 from examples.staleness_lab.page import write_up
 from examples.staleness_lab.settings import Cell, Grid, Task, read_grid
 from examples.staleness_lab.sweep import run
+from megatron_vespo.assemble import make_algorithm
 from megatron_vespo.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +39,7 @@ def test_every_cell_of_the_shipped_sweeps_is_a_valid_run(path: Path) -> None:
     assert len({cell.name for cell in cells}) == len(cells) > 0
     for cell in cells:
         config = make_config(cell, Path("start"))
+        make_algorithm(config)
         assert config.training.steps * config.training.minibatches_per_step == cell.task.updates
 
 
@@ -116,7 +118,7 @@ def test_a_bad_cell_costs_itself_alone(
             raise ValueError("no good")
         if cell.method == "soft":
             os._exit(7)
-        return replace(template, cell=cell.model_dump(mode="json"))
+        return replace(template, cell=cell.definition)
 
     monkeypatch.setattr(workers, "run_cell", fake)
     (start,) = folder.glob("start-*")

@@ -45,7 +45,9 @@ def make_config(cell: Cell, start: Path) -> Config:
     tree: dict[str, Any] = {
         "run": {"name": cell.name, "seed": cell.seed},
         "model": {"hf_path": str(start / "model"), "make_vocab_size_divisible_by": 16},
-        "megatron": {"lr": cell.lr, "weight_decay": 0.0, "clip_grad": 1.0, "adam_beta2": 0.999, **task.megatron},
+        "megatron": {"lr": cell.lr, "weight_decay": 0.0, "clip_grad": 1.0, "adam_beta2": 0.999}
+        | task.megatron
+        | cell.algorithm.megatron,
         "data": {"train": str(start / "train.jsonl"), "evaluation": {"heldout": str(start / "heldout.jsonl")}},
         "rollout": {
             "prompts_per_step": task.prompts_per_minibatch * cell.n,
@@ -54,7 +56,7 @@ def make_config(cell: Cell, start: Path) -> Config:
             "max_staleness": cell.perturbation.hold_back,
             "behavior_logprobs": cell.algorithm.behavior_logprobs,
         },
-        "algorithm": cell.algorithm.model_dump(exclude_unset=True, exclude={"behavior_logprobs"}),
+        "algorithm": cell.algorithm.model_dump(exclude_unset=True, exclude={"behavior_logprobs", "megatron"}),
         "training": {
             "steps": task.updates // cell.n,
             "minibatches_per_step": cell.n,

@@ -41,10 +41,12 @@ class Mismatch(Section):
 
 
 class Method(AlgorithmSection):
-    """A method: the ``algorithm:`` section of a run, and where its mu comes from."""
+    """A method: the ``algorithm:`` section of a run, where its mu comes from, and what else belongs to it."""
 
     behavior_logprobs: Literal["rollout", "recompute", "both"] = "rollout"
     """As ``rollout.behavior_logprobs``."""
+    megatron: dict[str, Any] = Field(default={})
+    """Further fields of Megatron's sections: another optimizer, say."""
 
 
 class Task(Section):

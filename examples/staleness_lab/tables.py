@@ -26,6 +26,7 @@ def _last_of(column: str) -> Figure:
 
 FIGURES: dict[str, tuple[str, Figure]] = {
     "final": ("accuracy at the end", lambda outcome: outcome.final),
+    "updates_to_good": ("updates to .9", lambda outcome: outcome.updates_to_good),
     "best": ("best accuracy", lambda outcome: outcome.best),
     "log_w_abs": ("mean |log W|", _mean_of("log_w_abs")),
     "kl_per_token": ("KL a token", _mean_of("kl_per_token")),

@@ -138,6 +138,8 @@ def make_outcome(accuracy: list[float], phi_small: float = 0.0, diverged: str = 
 def test_words_for_how_a_run_ended() -> None:
     fine = make_outcome([0.5, 0.9, 0.8])
     assert (fine.final, fine.best, fine.collapsed, fine.frozen) == (0.8, 0.9, False, False)
+    assert make_outcome([0.5, *[0.9] * 5, 0.7, 0.8]).final == pytest.approx(0.75)  # the last quarter
+    assert (fine.updates_to_good, make_outcome([0.5, 0.89]).updates_to_good) == (1.0, None)
     assert make_outcome([0.5, 0.98, 0.48]).collapsed  # less than half of the best
     assert make_outcome([0.5, 0.6, 0.44]).collapsed  # below the start
     assert not make_outcome([0.5, 0.5, 0.49]).collapsed

@@ -138,7 +138,7 @@ def save_summary(results: Results, path: Path) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_dots(left, results, results.methods, [(n, mismatch, lr) for n in ns])
         left.set_xticks(range(len(ns)), [f"N = {n}" for n in ns])
-        left.set_title("accuracy after the last update (dots: seeds)")
+        left.set_title("accuracy over the last quarter (dots: seeds)")
         for method in results.methods:
             curves = [_accuracy(outcome) for _, outcome in results.of(method, ns[-1], mismatch, lr)]
             _draw_band(right, curves, method, color_of(results, method))

@@ -36,10 +36,12 @@ def _load_file(path: Path, kind: str) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{kind} file {path} does not exist")
+    # One file may define several objects, and be imported by its own package too.
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path):
+            return module
     # The name is made from the whole path: two files of one name must not share a module.
     name = "megatron_vespo_user_" + re.sub(r"\W", "_", str(path))
-    if name in sys.modules:  # one file may define several objects
-        return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # holds for every path that ends in .py
     module = importlib.util.module_from_spec(module_spec)

@@ -23,9 +23,10 @@ from megatron_vespo.batching import MicrobatchPlan, plan_microbatches, split_min
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import Values, minibatch_metrics, rollout_metrics, supervised_metrics
 from megatron_vespo.metrics.registry import StepMetrics
+from megatron_vespo.policy.figures import Measured
 from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators, minibatch_ratios
 from megatron_vespo.policy.packing import packed_length
-from megatron_vespo.policy.policy import Policy, Table
+from megatron_vespo.policy.policy import Policy
 from megatron_vespo.record import Recorder
 from megatron_vespo.types import Progress, Sample, SampleGroup
 
@@ -193,10 +194,10 @@ def train_rl(
             for minibatch in split_minibatches(samples, schedule.minibatches_per_step):
                 schedule.check_staleness(minibatch, progress.policy_version)
                 objective = algorithm.objective(policy, minibatch, schedule)
-                table = _update(policy, minibatch, objective, schedule, metrics, progress)
-                objective.check(table)
-                metrics.update(minibatch_metrics(minibatch, table, progress.policy_version - 1))
-                log_w.update(zip((sample.name for sample in minibatch), table["log_w"].tolist(), strict=True))
+                measured = _update(policy, minibatch, objective, schedule, metrics, progress)
+                objective.check(measured.table)
+                metrics.update(minibatch_metrics(minibatch, measured.table, progress.policy_version - 1))
+                log_w.update(zip((s.name for s in minibatch), measured.table["log_w"].tolist(), strict=True))
         with recorder.timed("sync"):
             metrics.update(weight_sync.push(progress.policy_version))
         rollouts.release()  # only now admit new prompts: this bounds the staleness
@@ -227,8 +228,8 @@ def train_sft(
         metrics = StepMetrics()
         minibatch = next(batches)
         with recorder.timed("train"):
-            table = _update(policy, minibatch, NextToken(denominators(minibatch)), schedule, metrics, progress)
-        metrics.update(supervised_metrics(minibatch, table))
+            measured = _update(policy, minibatch, NextToken(denominators(minibatch)), schedule, metrics, progress)
+        metrics.update(supervised_metrics(minibatch, measured.table))
         progress.step += 1
         recorder.record_step(progress.step, metrics)
         with recorder.timed("checkpoint"):
@@ -243,14 +244,14 @@ def _update(
     schedule: Schedule,
     metrics: StepMetrics,
     progress: Progress,
-) -> Table:
+) -> Measured:
     """One optimizer step on one global minibatch.
 
     Raises:
         UserError: The gradient was NaN or infinite once too often.
     """
     plan = schedule.plan(minibatch)
-    table = policy.forward_backward(minibatch, plan.ranks[parallel.data_parallel_rank()], objective)
+    measured = policy.forward_backward(minibatch, plan.ranks[parallel.data_parallel_rank()], objective)
     result = policy.optim_step()
     progress.policy_version += 1
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
@@ -271,7 +272,7 @@ def _update(
             "train/lockstep_efficiency": plan.efficiency,
         }
     )
-    return table
+    return measured
 
 
 def _score(policy: Policy, samples: Sequence[Sample], algorithm: Algorithm, schedule: Schedule) -> None:

@@ -30,7 +30,7 @@ def checkpoints_of(policy: Policy, folder: Path, **options: Any) -> Checkpoints:
 def forward_backward(policy: Policy, samples: Sequence[Sample], megatron: dict[str, Any]) -> float:
     """Accumulate the gradient; the loss."""
     plan = make_plan(samples, 40, multiple_of=microbatch_multiple(megatron))
-    return float(policy.forward_backward(samples, plan, NextToken(denominators(samples)))["loss"].sum())
+    return float(policy.forward_backward(samples, plan, NextToken(denominators(samples))).table["loss"].sum())
 
 
 def update(policy: Policy, samples: Sequence[Sample], megatron: dict[str, Any]) -> tuple[float, StepResult]:

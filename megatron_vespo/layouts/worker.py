@@ -31,7 +31,8 @@ def measure(work: Work) -> tuple[HfExporter, Outcome]:
     algorithm.assign_advantages(work.batch.groups)
     plan = schedule.plan(samples)
     objective = algorithm.objective(trainer.policy, samples, schedule)
-    table = trainer.policy.forward_backward(samples, schedule.rank_plan(samples), objective)
+    measured = trainer.policy.forward_backward(samples, schedule.rank_plan(samples), objective)
+    table = measured.table
     result = trainer.policy.optim_step()
     if result.skipped:
         raise UserError(f"the gradient of the batch is not finite: its norm is {result.grad_norm}")

@@ -4,6 +4,7 @@ Every rank holds all samples of a minibatch and trains on the microbatches plann
 of the samples come back as one table of the whole minibatch: each sample is filled in by the one rank that reports it
 (last pipeline stage, first tensor-parallel rank) and a single sum over all ranks completes the table everywhere. So no
 metric needs a reduction of its own, none depends on the layout, and the host waits for the device once a minibatch.
+Log-probabilities and entropies of single tokens come the same way, in the same sum.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -26,18 +26,16 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_vespo import parallel, platform
-from megatron_vespo.errors import UserError
+from megatron_vespo.policy.figures import Measured, Sums, TokenScores, checked_table
 from megatron_vespo.policy.head import log_prob_head
 from megatron_vespo.policy.logprobs import TokenLogProbs
-from megatron_vespo.policy.objectives import NONFINITE, Objective
+from megatron_vespo.policy.objectives import Objective
 from megatron_vespo.policy.optimizer import Optimizer, build_optimizer, build_scheduler, mark_experts
 from megatron_vespo.policy.packing import PackedBatch, pack
 from megatron_vespo.policy.reference import HostWeights
 from megatron_vespo.policy.router_losses import take_router_losses
 from megatron_vespo.types import FloatArray, Sample
 
-Table = dict[str, np.ndarray]
-"""Figures of all samples of a minibatch by name, each [samples] float64, equal on all ranks."""
 Finish = Callable[[PackedBatch, TokenLogProbs], Tensor]
 """Takes what the last stage computed of a microbatch, and returns the scalar to differentiate."""
 
@@ -121,7 +119,9 @@ class Policy:
         self._router_losses: dict[str, float] = {}
         self._reference: HostWeights | None = None
 
-    def forward_backward(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], objective: Objective) -> Table:
+    def forward_backward(
+        self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], objective: Objective
+    ) -> Measured:
         """Accumulate the gradient of one global minibatch.
 
         Args:
@@ -130,7 +130,7 @@ class Policy:
             objective: Loss.
 
         Returns:
-            Figures of all samples.
+            Figures of all samples and their tokens.
 
         Raises:
             UserError: Log-probabilities of a sample are NaN or infinite; on every rank.
@@ -143,12 +143,13 @@ class Policy:
         # gradients by the data-parallel size (distributed/distributed_data_parallel.py:212). The objective has divided
         # by the size of the global minibatch already, so both are undone here.
         scale = len(plan) * parallel.data_parallel_size()
-        table = torch.zeros(len(objective.columns) + 1, len(samples), dtype=torch.float64, device=platform.device())
+        sums = Sums(samples, len(objective.columns) + 1)
 
         def finish(batch: PackedBatch, logprobs: TokenLogProbs) -> Tensor:
             loss, columns = objective(batch, logprobs)
             if parallel.reports_samples():
-                _fill(table, batch, [columns[name] for name in objective.columns])
+                sums.add_columns(batch, [columns[name] for name in objective.columns])
+                sums.set_tokens(batch, logprobs)
             return loss * scale
 
         self._run(
@@ -160,9 +161,9 @@ class Policy:
             entropy_gradient=objective.needs_entropy_gradient,
         )
         self._router_losses = take_router_losses(self.chunks[0].config, len(plan))
-        return _completed(table, objective.columns, samples)
+        rows, tokens = sums.over_ranks()
+        return Measured(checked_table(rows, objective.columns, samples), tokens)
 
-    @torch.no_grad()
     def log_probs(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]]) -> list[FloatArray]:
         """Log-probabilities (nats) of every sample's response tokens under the current weights, on every rank.
 
@@ -170,22 +171,30 @@ class Policy:
             samples: All samples, the same on every rank.
             plan: This data-parallel rank's microbatches.
         """
+        return self.score(samples, plan).log_pi
+
+    @torch.no_grad()
+    def score(
+        self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], temperature: float | None = None
+    ) -> TokenScores:
+        """Log-probabilities and entropies under the current weights, on every rank.
+
+        Args:
+            samples: All samples, the same on every rank.
+            plan: This data-parallel rank's microbatches.
+            temperature: Instead of the policy's own, to see what the sampler's was.
+        """
         for ddp in self._ddp:
             ddp.eval()
-        ends = np.cumsum([len(sample.response_ids) for sample in samples])
-        starts = torch.from_numpy(ends - [len(sample.response_ids) for sample in samples]).to(platform.device())
-        flat = torch.zeros(int(ends[-1]), dtype=torch.float32, device=platform.device())
+        sums = Sums(samples, 0)
 
         def finish(batch: PackedBatch, logprobs: TokenLogProbs) -> Tensor:
             if parallel.reports_samples():
-                first = torch.searchsorted(batch.sample_index, batch.sample_index)
-                place = torch.arange(len(first), device=first.device) - first
-                flat[starts[batch.indices[batch.sample_index]] + place] = logprobs.log_pi.float()
+                sums.set_tokens(batch, logprobs)
             return logprobs.log_pi.sum()
 
-        self._run(samples, plan, finish, trains=lambda sample: False, forward_only=True)
-        values = parallel.all_reduce_sum(flat).cpu().numpy()
-        return list(np.split(values, ends[:-1]))
+        self._run(samples, plan, finish, trains=lambda sample: False, forward_only=True, temperature=temperature)
+        return sums.over_ranks()[1]
 
     def keep_reference(self) -> None:
         """Keep a copy of the weights, in host memory, as the reference policy."""
@@ -243,8 +252,10 @@ class Policy:
         trains: Callable[[Sample], bool],
         forward_only: bool,
         entropy_gradient: bool = False,
+        temperature: float | None = None,
     ) -> None:
         """Run the microbatches through the pipeline; ``finish`` is called on its last stage."""
+        temperature = self._temperature if temperature is None else temperature
         batches = [
             pack(samples, indices, trains=trains, alignment=self._alignment, device=platform.device())
             for indices in plan
@@ -258,7 +269,7 @@ class Policy:
                 attention_mask=None,
                 packed_seq_params=batch.packed_seq_params,
                 padding_mask=self._padding_mask(batch, ddp),
-                output_processor=log_prob_head(batch, self._vocab_size, self._temperature, entropy_gradient),
+                output_processor=log_prob_head(batch, self._vocab_size, temperature, entropy_gradient),
             )
             return output, partial(loss_of, batch)
 
@@ -288,25 +299,3 @@ class Policy:
 
 def _one_or_all[T](values: list[T]) -> T | list[T]:
     return values[0] if len(values) == 1 else values
-
-
-def _fill(table: Tensor, batch: PackedBatch, columns: Sequence[Tensor]) -> None:
-    """Put a microbatch's figures in their samples' places; the last row counts how often a sample was reported."""
-    for row, values in zip(table, (*columns, torch.ones_like(batch.advantages)), strict=True):
-        row[batch.indices] += values.double()
-
-
-def _completed(table: Tensor, columns: Sequence[str], samples: Sequence[Sample]) -> Table:
-    """The table of all ranks, on the host: the one time that the host waits for the device."""
-    *rows, reported = parallel.all_reduce_sum(table).cpu().numpy()
-    if not (reported == 1).all():
-        raise RuntimeError(f"samples reported by other than one rank: counts {reported.tolist()}")
-    figures = dict(zip(columns, rows, strict=True))
-    bad = figures.pop(NONFINITE) > 0
-    if bad.any():
-        names = ", ".join(sample.name for sample, spoilt in zip(samples, bad, strict=True) if spoilt)
-        raise UserError(
-            f"log-probabilities of response tokens are NaN or infinite in samples {names} (prompt/response); the"
-            " weights have probably diverged: lower megatron.lr or go back to an earlier checkpoint"
-        )
-    return figures

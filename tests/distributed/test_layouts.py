@@ -23,8 +23,8 @@ from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy import head as head_module
 from megatron_vespo.policy import policy as policy_module
+from megatron_vespo.policy.figures import Sums, Table
 from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators
-from megatron_vespo.policy.policy import Table
 from megatron_vespo.types import FloatArray, Sample
 from tests.host_syncs import count_host_syncs
 from tests.policies import load_model, make_plan, make_policy, off_policy_samples
@@ -166,7 +166,7 @@ def train(
         log_probs = policy.log_probs(samples, plan)
         tables, norms = [], []
         for _ in range(UPDATES):
-            tables.append(policy.forward_backward(samples, plan, objective_of(case.objective, samples)))
+            tables.append(policy.forward_backward(samples, plan, objective_of(case.objective, samples)).table)
             norms.append(policy.optim_step().grad_norm)
         exporter = HfExporter(policy.chunks, load_architecture(folder))
         weights = {key: tensor.clone() for bucket in exporter.stream() for key, tensor in bucket}
@@ -367,9 +367,11 @@ def both_gradients(
 
     policy = make_policy(folder, {}, temperature)
     plan = [list(range(5)), list(range(5, len(samples))), []]
-    table = policy.forward_backward(samples, plan, objective_of(objective, samples))
+    measured = policy.forward_backward(samples, plan, objective_of(objective, samples))
     gradient = {name: p.main_grad.clone() for name, p in policy.chunks[0].named_parameters()}
-    return plain, Gradient(float(table["loss"].sum()), gradient, policy.log_probs(samples, plan))
+    for trained, scored in zip(measured.tokens.log_pi, policy.log_probs(samples, plan), strict=True):
+        np.testing.assert_allclose(trained, scored, atol=1e-6)
+    return plain, Gradient(float(measured.table["loss"].sum()), gradient, measured.tokens.log_pi)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -411,9 +413,11 @@ def count_waits(folder: Path, samples: Sequence[Sample], objective: str) -> tupl
 
     plan = make_plan(samples, 30)
     with (
-        mock.patch.object(policy_module, "_completed", counted(policy_module._completed)),
+        mock.patch.object(Sums, "over_ranks", counted(Sums.over_ranks)),
+        mock.patch.object(policy_module, "checked_table", counted(policy_module.checked_table)),
         mock.patch.object(head_module, "token_log_probs", counted(head_module.token_log_probs)),
-        mock.patch.object(policy_module, "_fill", counted(policy_module._fill)),
+        mock.patch.object(Sums, "add_columns", counted(Sums.add_columns)),
+        mock.patch.object(Sums, "set_tokens", counted(Sums.set_tokens)),
         mock.patch.object(PolicyGradient, "__call__", counted(PolicyGradient.__call__)),
         mock.patch.object(NextToken, "__call__", counted(NextToken.__call__)),
     ):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from megatron_vespo.config import Config
 from megatron_vespo.data.sft import SupervisedExample, SupervisedStream, read_supervised
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.evaluation import NoEvaluation
-from megatron_vespo.loop import Algorithm, Evaluation, RolloutSource, Schedule, WeightPush
+from megatron_vespo.loop import Algorithm, Evaluation, PreflightCheck, RolloutSource, Schedule, WeightPush
 from megatron_vespo.megatron_options import microbatch_multiple
 from megatron_vespo.models.build import build_model, ddp_config, optimizer_config, transformer_config
 from megatron_vespo.models.conversion import load_hf_weights
@@ -29,9 +29,11 @@ from megatron_vespo.models.cost import sample_cost
 from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader
+from megatron_vespo.panel import HealthPanel
 from megatron_vespo.policy.checkpoint import save_hf
 from megatron_vespo.policy.checkpoints import Checkpoints
 from megatron_vespo.policy.policy import Policy
+from megatron_vespo.preflight import NoPreflight, Preflight
 from megatron_vespo.record import Place, Recorder
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.replay import BatchReader, ReplayService
@@ -190,11 +192,15 @@ class Rollouts:
         service: Rollout batches.
         evaluator: Held-out accuracy.
         weight_sync: Pushes.
+        sampler: Samples for other purposes than training; None: there is no server.
+        preflight_prompts: On rank 0, prompts of the pre-flight.
     """
 
     service: ResumableSource
     evaluator: Evaluation
     weight_sync: WeightPush
+    sampler: RolloutService | None = None
+    preflight_prompts: Sequence[Prompt] = ()
 
 
 def make_rollouts(
@@ -242,7 +248,8 @@ def make_rollouts(
     service = RolloutService(engine, parallel.broadcast_bytes, weight_sync.push_again)
     stack.callback(weight_sync.close)
     stack.callback(service.close)
-    return Rollouts(service, connect.make_evaluator(config, service, connection), weight_sync)
+    prompts = () if connection is None else connection.preflight
+    return Rollouts(service, connect.make_evaluator(config, service, connection), weight_sync, service, prompts)
 
 
 def make_replay(config: Config, architecture: Architecture) -> Rollouts:
@@ -262,6 +269,29 @@ def make_replay(config: Config, architecture: Architecture) -> Rollouts:
     parallel.on_main(check_first)
     replay = ReplayService(reader, parallel.broadcast_bytes)
     return Rollouts(replay, NoEvaluation(), replay)
+
+
+def make_preflight(config: Config, rollouts: Rollouts, algorithm: Algorithm) -> PreflightCheck:
+    """What is checked before the first step."""
+    if rollouts.sampler is None or not (config.preflight.enabled or config.preflight.only):
+        return NoPreflight()
+    return Preflight(
+        config.preflight,
+        rollouts.sampler,
+        rollouts.preflight_prompts,
+        connect.training_sampling(config),
+        lambda ratios: algorithm.kernel(ratios, algorithm.params),
+        config.rollout.temperature,
+        config.run_folder,
+    )
+
+
+def make_health(config: Config, tokenizer: Tokenizer, algorithm: Algorithm, warn: Callable[[str], None]) -> HealthPanel:
+    """What is watched at every step."""
+    # Kernels that clamp log W call the limit so.
+    params = algorithm.params
+    limit = asdict(params).get("log_w_limit") if is_dataclass(params) and not isinstance(params, type) else None
+    return HealthPanel(config.health, config.run_folder, tokenizer.decode, warn, limit)
 
 
 def _make_transport(config: Config, servers: Servers) -> Transport:

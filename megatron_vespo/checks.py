@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import check_megatron_options, data_parallel_size
+from megatron_vespo.metrics.conditions import choose_conditions, stop_after
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.server_args import validate_server_args
@@ -20,6 +21,8 @@ def check_config(config: Config, world_size: int) -> None:
         UserError: The first thing that is wrong, naming the field.
     """
     check_megatron_options(config.megatron)
+    choose_conditions(config.health.warn)
+    stop_after(config.health.stop_when)
     _check_ranks(config, world_size)
     if config.objective == "rollout" and config.run.resume != "never":
         raise UserError("run.resume: objective rollout saves no checkpoints to go on from; leave it out")

@@ -8,7 +8,7 @@ architecture is read from the Hugging Face ``config.json``, never typed here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -270,6 +270,39 @@ class CheckpointSection(Section):
     """Steps between Hugging Face folders; 0: only after the last step."""
 
 
+class HealthSection(Section):
+    """The health panel: what it warns of, and when it ends the run. docs/health.md has the conditions."""
+
+    enabled: bool = True
+    """Measure, diagnose and warn at every step."""
+    warn: dict[str, float] = {}
+    """Other thresholds of conditions by name, for example `mismatch: 0.01`."""
+    stop_when: list[str] | dict[str, Annotated[int, Field(ge=1)]] = ["silent"]
+    """Conditions that end the run, after a checkpoint and with an error; a mapping says after how many steps in a row,
+    for example `{silent: 5, mismatch: 1}`. `[]`: none does."""
+    token_limit: float = Field(default=3.0, gt=0)
+    """|log pi - log mu| (nats) above which a token counts as an outlier and is written to health/."""
+    tokens_written: int = Field(default=20, ge=0)
+    """Outliers of a step that are written, the worst first."""
+
+
+class PreflightSection(Section):
+    """One small rollout scored by the trainer before the first step: would anything be learned?"""
+
+    enabled: bool = True
+    """Do it, in resumed runs too (objective rl with a server)."""
+    prompts: int = Field(default=8, ge=1)
+    """The first so many training prompts; they stay in the training stream too."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    """Responses to each."""
+    min_phi: float = Field(default=0.3, ge=0, le=1)
+    """Refuse to start where the mean weight (E[phi]) predicted for a response of mean length is below this."""
+    force: bool = False
+    """Start all the same."""
+    only: bool = False
+    """Do nothing else; the run's folder is <name>.preflight then. The same as --preflight-only."""
+
+
 class LoggingSection(Section):
     """What is shown and kept of each step."""
 
@@ -301,6 +334,8 @@ class Config(Section):
     weight_sync: WeightSyncSection = WeightSyncSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    health: HealthSection = HealthSection()
+    preflight: PreflightSection = PreflightSection()
     logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
@@ -321,6 +356,8 @@ class Config(Section):
             )
         if self.rollout.replay is not None and self.objective != "rl":
             raise ValueError(f"rollout.replay: batches are trained on, which objective {self.objective} does not do")
+        if self.preflight.only and (self.objective != "rl" or self.rollout.replay is not None):
+            raise ValueError("preflight.only: there is no pre-flight without a trainer and a server to sample from")
         if self.data.train is None and self.rollout.replay is None:
             raise ValueError("data.train: missing; name a jsonl file")
         return self
@@ -333,4 +370,4 @@ class Config(Section):
     @property
     def run_folder(self) -> Path:
         """Folder of this run."""
-        return Path(self.run.folder) / self.run.name
+        return Path(self.run.folder) / (f"{self.run.name}.preflight" if self.preflight.only else self.run.name)

@@ -49,11 +49,13 @@ class Connection:
         engine: Generates.
         fleet: The servers.
         evaluation: Prompts of the evaluation sets.
+        preflight: Prompts of the pre-flight: the first of the training file.
     """
 
     engine: RolloutEngine
     fleet: Fleet
     evaluation: dict[str, list[Prompt]]
+    preflight: list[Prompt]
 
 
 def connect(
@@ -105,7 +107,7 @@ def connect(
         scorer,
         GroupSettings(
             rollout.samples_per_prompt,
-            _sampling(config, rollout.temperature),
+            training_sampling(config),
             tokenizer.decode,
             seed=config.run.seed if all(info.deterministic for info in infos) else None,
             filter_equal=rollout.filter_equal_groups,
@@ -117,7 +119,7 @@ def connect(
         stop_requested=stop_requested,
         announce=announce,
     )
-    return Connection(engine, fleet, evaluation)
+    return Connection(engine, fleet, evaluation, train.prompts(config.preflight.prompts))
 
 
 def _make_fleet(
@@ -199,6 +201,11 @@ def _sampled_under(config: Config) -> dict[str, Any]:
         "training.minibatches_per_step": config.training.minibatches_per_step,
         "reward.function": config.reward.function,
     }
+
+
+def training_sampling(config: Config) -> SamplingParams:
+    """How training samples are drawn."""
+    return _sampling(config, config.rollout.temperature)
 
 
 def _sampling(config: Config, temperature: float, *, evaluation: bool = False) -> SamplingParams:

@@ -83,6 +83,34 @@ class Saving(Protocol):
         """The run ends, in order: save what is not saved yet."""
 
 
+class Health(Protocol):
+    """Whether off-policy training is sound, and what speaks against it."""
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """A step's samples as they were drawn."""
+
+    def observe(self, minibatch: Sequence[Sample], measured: Measured, policy_version: int) -> None:
+        """What was measured of a minibatch under this policy version."""
+
+    def conclude(self, step: int, metrics: StepMetrics) -> Values:
+        """Further metrics of the finished step; warns of what they and the others say."""
+        ...
+
+    def hopeless(self) -> bool:
+        """Whether the run shall end; the same on every rank."""
+        ...
+
+    def raise_if_hopeless(self) -> None:
+        """Say why."""
+
+
+class PreflightCheck(Protocol):
+    """Whether anything would be learned."""
+
+    def run(self, policy: Policy, schedule: Schedule, policy_version: int, teller: Recorder) -> None:
+        """Check it with a small rollout of the weights pushed; a UserError where it would not."""
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """What the loop optimises.
@@ -170,16 +198,19 @@ def train_rl(
     schedule: Schedule,
     recorder: Recorder,
     saving: Saving,
+    health: Health,
+    preflight: PreflightCheck,
     progress: Progress,
 ) -> None:
     """Train with reinforcement learning from ``progress`` on; every rank runs this."""
     with recorder.timed("sync"):
         weight_sync.push(progress.policy_version)
     rollouts.start()
+    preflight.run(policy, schedule, progress.policy_version, recorder)
     with recorder.timed("evaluate"):
         accuracy = evaluator.run() if progress.step == 0 else {}
     recorder.record_start(accuracy)
-    while progress.step < schedule.steps and not saving.stopping():
+    while progress.step < schedule.steps and not saving.stopping() and not health.hopeless():
         metrics = StepMetrics()
         with recorder.timed("generate"):
             groups = rollouts.next_batch()
@@ -188,6 +219,7 @@ def train_rl(
         algorithm.assign_advantages(groups)
         recorder.record_batch(progress.step + 1, groups, progress.policy_version)
         samples = [sample for group in groups for sample in group.samples]
+        health.begin(samples)
         log_w: dict[str, float] = {}
         with recorder.timed("train"):
             _score(policy, samples, algorithm, schedule)
@@ -197,6 +229,7 @@ def train_rl(
                 measured = _update(policy, minibatch, objective, schedule, metrics, progress)
                 objective.check(measured.table)
                 metrics.update(minibatch_metrics(minibatch, measured.table, progress.policy_version - 1))
+                health.observe(minibatch, measured, progress.policy_version - 1)
                 log_w.update(zip((s.name for s in minibatch), measured.table["log_w"].tolist(), strict=True))
         with recorder.timed("sync"):
             metrics.update(weight_sync.push(progress.policy_version))
@@ -209,10 +242,12 @@ def train_rl(
             with recorder.timed("evaluate"):
                 metrics.update(evaluator.run())
         metrics.update(rollouts.metrics())
+        metrics.update(health.conclude(progress.step, metrics))
         recorder.record_step(progress.step, metrics, groups, log_w)
         with recorder.timed("checkpoint"):
             saving.after_step(progress)
     saving.leave(progress)
+    health.raise_if_hopeless()
 
 
 def train_sft(

@@ -47,7 +47,7 @@ def check_run_folder(config: Config) -> None:
         UserError: What is there, and what to do.
     """
     folder = config.run_folder
-    if resume_step(config) is not None or config.run.overwrite or not _content(folder):
+    if resume_step(config) is not None or config.run.overwrite or config.preflight.only or not _content(folder):
         return
     if config.run.resume == "never":
         raise UserError(

@@ -39,12 +39,14 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of the file; YAML value")
     parser.add_argument("--resume", metavar="auto|never|STEP", help="the same as run.resume=...")
+    parser.add_argument("--preflight-only", action="store_true", help="the same as preflight.only=true")
     return parser
 
 
 def all_overrides(options: argparse.Namespace) -> list[str]:
     """The overrides of a command line, those that have options of their own last, where they win."""
-    return options.overrides + ([] if options.resume is None else [f"run.resume={options.resume}"])
+    own = [] if options.resume is None else [f"run.resume={options.resume}"]
+    return [*options.overrides, *own, *(["preflight.only=true"] if options.preflight_only else [])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

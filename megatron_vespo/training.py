@@ -84,6 +84,13 @@ def train(
             )
     if data is not None:
         parallel.on_main(partial(rollouts.service.restore, data))
+    preflight = assemble.make_preflight(config, rollouts, algorithm)
+    if config.preflight.only:
+        rollouts.weight_sync.push(progress.policy_version)
+        rollouts.service.start()
+        preflight.run(trainer.policy, schedule, progress.policy_version, recorder)
+        parallel.barrier()
+        return
     train_rl(
         trainer.policy,
         rollouts.service,
@@ -93,6 +100,8 @@ def train(
         schedule,
         recorder,
         assemble.make_saver(config, trainer, rollouts.service.state, lambda: stop.requested, recorder.message),
+        assemble.make_health(config, tokenizer, algorithm, recorder.message),
+        preflight,
         progress,
     )
     parallel.barrier()

@@ -6,6 +6,7 @@ table says. Names that are not in the table are errors, so that a typing mistake
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from megatron_vespo.algorithms.health import LENGTH_BUCKETS, STALENESS_BUCKETS
 from megatron_vespo.algorithms.importance import WeightSummaries
 
 
@@ -143,6 +145,28 @@ _WEIGHT = (
     ("phi_mean", "", _MEAN, "Mean weight phi; near 0 the samples are hardly heard."),
     ("phi_small_share", "share", _MEAN, "Share of samples with phi < 0.1."),
 )
+# Fields of health.summarize_health that every group of samples has, and those that buckets of lengths have besides.
+_HEALTH = (
+    ("log_w_p05", "nats", "5 % of the samples have a log W of at most this."),
+    ("log_w_p50", "nats", "Median of log W."),
+    ("log_w_p95", "nats", "95 % of the samples have a log W of at most this."),
+    ("clamp_share", "share", "Share of samples whose log W is above what the kernel takes."),
+    ("kl_k1", "nats", "KL per token from mu to pi, as the mean of log mu - log pi; it may be negative."),
+    ("kl_k3", "nats", "KL per token from mu to pi, by the estimator that is never negative."),
+)
+_HEALTH_OF_LENGTHS = (
+    ("ess_w", "share", "Effective sample size of W, divided by the number of samples."),
+    ("ess_phi", "share", "Effective sample size of phi, divided by the number of samples."),
+    ("phi_mean", "", "Mean weight phi."),
+    ("phi_small_share", "share", "Share of samples with phi < 0.1."),
+    ("samples", "samples", "Number of samples."),
+)
+_HEALTH_OF_TOKENS = (
+    ("kl_fresh", "nats", "KL per token (k3) of tokens of staleness 0: what trainer and sampler disagree about."),
+    ("outlier_tokens", "tokens", "Tokens whose |log pi - log mu| is above health.token_limit; health/ has the worst."),
+    ("outlier_share", "share", "The same as a share of all response tokens."),
+    ("router_flip_rate", "share", "Experts that trainer and sampler chose differently, where routing is known."),
+)
 _SIGNS = {"": "", "_pos": " Samples with a positive advantage.", "_neg": " Samples with a negative advantage."}
 
 
@@ -151,8 +175,26 @@ def _build_table() -> dict[str, Metric]:
     rows += [
         Metric(f"vespo/{n}{s}", unit, how, text + more) for n, unit, how, text in _WEIGHT for s, more in _SIGNS.items()
     ]
+    rows += _health_rows()
     rows += [Metric(f"perf/{name}_time", "s", _SUM, f"{text}.") for name, text in PHASES.items()]
     return {row.name: row for row in rows}
+
+
+def _health_rows() -> list[Metric]:
+    """The ``health/...`` metrics: one value a step, of all its samples at once."""
+    lengths = {f"_{name}": f" Responses {_up_to(high)} tokens." for name, high in LENGTH_BUCKETS}
+    rows = [(n + s, unit, text + more) for n, unit, text in _HEALTH for s, more in (_SIGNS | lengths).items()]
+    rows += [(n + s, unit, text + more) for n, unit, text in _HEALTH_OF_LENGTHS for s, more in lengths.items()]
+    rows += [
+        (f"staleness_{name}_share", "share", f"Share of tokens {_up_to(high)} updates old.")
+        for name, high in STALENESS_BUCKETS
+    ]
+    return [Metric(f"health/{name}", unit, _LAST, text) for name, unit, text in (*rows, *_HEALTH_OF_TOKENS)]
+
+
+def _up_to(high: float) -> str:
+    """In words, a bucket that begins where the one before it ends."""
+    return "of more" if math.isinf(high) else f"of up to {high:g}"
 
 
 METRICS: dict[str, Metric] = _build_table()

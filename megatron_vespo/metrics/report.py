@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron_vespo.metrics.registry import PHASES
 
 # Rewards of single steps are noisy: the first and last few are averaged.
 EDGE_STEPS = 5
+# Warnings of the health panel that the summary repeats.
+LAST_WARNINGS = 10
 
 _HEALTH_ROWS = (
     ("mean \\|log W\\| (nats)", "log_w_abs_mean", mean),
@@ -29,6 +32,8 @@ _PLACES = (
     ("metrics.jsonl", "metrics of every step"),
     ("learning_curve.png", "learning curve"),
     ("rollouts", "samples of every step"),
+    ("preflight.json", "pre-flight"),
+    ("health", "warnings, and tokens whose log-probabilities differ most"),
     ("checkpoints", "checkpoints to resume from"),
     ("hf", "Hugging Face folders"),
     ("tensorboard", "TensorBoard events"),
@@ -65,7 +70,7 @@ def _summary(folder: Path, records: Records, facts: Mapping[str, str], total_ste
         f"# {folder.name}",
         _table(["what ran", ""], rows),
         _section("Result", _result(records)),
-        _section("Warnings", "\n".join(f"- {text}" for text in _warnings(records))),
+        _section("Warnings", "\n".join(f"- {text}" for text in _warnings(records) + _told(folder))),
         _section("Off-policy health", _health(records)),
         _section("Time of a step", _time_split(records)),
         _section("Where things are", "\n".join(f"- `{folder / p}`: {t}" for p, t in _PLACES if (folder / p).exists())),
@@ -160,6 +165,20 @@ def _warnings(records: Records) -> list[str]:
     if truncated is not None and truncated > 0.5:
         warnings.append(f"{truncated:.0%} of the responses are cut at the length limit.")
     return warnings
+
+
+def _told(folder: Path) -> list[str]:
+    """The last warnings of the health panel."""
+    file = folder / "health" / "warnings.jsonl"
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    told = []
+    for line in lines[-LAST_WARNINGS:]:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut by a crash
+            continue
+        told.append(f"Step {record['step']}: {record['text']}.")
+    return told
 
 
 def _time_split(records: Records) -> str:

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from megatron_vespo.files import atomic_write
 
-_OF_A_STEP = re.compile(r"(step|batch)_(\d+)\.(jsonl|msgpack)")
+_OF_A_STEP = re.compile(r"(step|batch)_(\d+)\.(jsonl|json|msgpack)")
 
 
 def roll_back(run_folder: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` and the files in ``rollouts/`` that belong to steps after ``step``.
+    """Drop lines and files that belong to steps after ``step``: metrics, rollouts, and what the health panel wrote.
 
     Lines that are cut or damaged are dropped too: only a crash while writing leaves one, at the end.
     """
-    metrics = run_folder / "metrics.jsonl"
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and _step_of(line, step + 1) <= step]
-        if kept != lines:
-            atomic_write(metrics, "".join(kept))
-    for path in (run_folder / "rollouts").glob("*"):
+    for file in (run_folder / "metrics.jsonl", run_folder / "health" / "warnings.jsonl"):
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line, step + 1) <= step]
+            if kept != lines:
+                atomic_write(file, "".join(kept))
+    for path in (*(run_folder / "rollouts").glob("*"), *(run_folder / "health").glob("*")):
         match = _OF_A_STEP.fullmatch(path.name)
         if match and int(match[2]) > step:
             path.unlink()

@@ -182,7 +182,8 @@ class Cause:
 
 
 def _temperature(e: Evidence) -> float:
-    needed = 0.8 if e.least_staleness == 0 else 0.95  # an entropy that falls looks a little like it
+    # Rounding may come on top. An entropy that falls with training looks a little like a temperature.
+    needed = 0.4 if e.least_staleness == 0 else 0.95
     off = abs(e.temperature - 1) > 5e-3 and 0.2 < e.temperature < 4 and e.spread > 1e-3
     return e.temperature_fit if off and e.temperature_fit > needed and e.temperature_offset < 0.1 else 0.0
 
@@ -288,7 +289,7 @@ CAUSES: tuple[Cause, ...] = (
         _staleness,
         "samples are stale: the policy has moved since they were drawn",
         "lower megatron.lr, training.minibatches_per_step or rollout.max_staleness",
-        ("kl", "kl_stale", "least_staleness"),
+        ("kl", "kl_stale", "kl_after_push", "kl_no_push", "least_staleness"),
         is_fault=False,
     ),
 )

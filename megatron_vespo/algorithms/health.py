@@ -59,27 +59,29 @@ def summarize_health(
         token_limit: |log pi - log mu| (nats) above which a token counts as an outlier.
     """
     log_ratio = tokens.log_ratio
-    finite = np.isfinite(log_ratio)
-    totals = {
-        "k1": tokens.per_sample(np.where(finite, -log_ratio, 0)),
-        "k3": tokens.per_sample(np.where(finite, k3(np.where(finite, log_ratio, 0)), 0)),
-    }
+    # Tokens that are impossible under one of the two count among the outliers and in log W, not here.
+    usable = np.nan_to_num(log_ratio, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    divergence = k3(usable)
+    totals = {"k1": -tokens.per_sample(usable), "k3": tokens.per_sample(divergence)}
     present = tokens.lengths > 0
     figures: Figures = {}
     groups = {"": present, "_pos": present & (advantages > 0), "_neg": present & (advantages < 0)}
     for suffix, chosen in groups.items():
         figures |= _of_group(suffix, chosen, tokens, totals, log_w, log_w_limit)
     for name, chosen in _buckets(tokens.lengths, LENGTH_BUCKETS, present).items():
+        if not chosen.any():  # most runs fill two or three of them
+            continue
         figures |= _of_group(f"_{name}", chosen, tokens, totals, log_w, log_w_limit)
         figures |= _heard(f"_{name}", log_w[chosen], phi[chosen])
-    return figures | _of_tokens(tokens, log_ratio, finite, token_limit)
+    return figures | _of_tokens(tokens, divergence, token_limit)
 
 
 def outliers(tokens: Tokens, limit: float, most: int) -> tuple[int, list[int]]:
     """How many tokens have |log pi - log mu| above ``limit``, and the places of the worst ``most``, worst first."""
-    distance = np.nan_to_num(np.abs(tokens.log_ratio), nan=np.inf)
-    places = np.flatnonzero(distance > limit)
-    return len(places), places[np.argsort(-distance[places], kind="stable")][:most].tolist()
+    distance = np.abs(tokens.log_ratio)
+    places = np.flatnonzero(~(distance <= limit))
+    worst = np.argsort(-np.nan_to_num(distance[places], nan=np.inf), kind="stable")[:most]
+    return len(places), places[worst].tolist()
 
 
 def _of_group(
@@ -119,18 +121,21 @@ def _heard(suffix: str, log_w: Doubles, phi: Doubles) -> Figures:
     }
 
 
-def _of_tokens(tokens: Tokens, log_ratio: Doubles, finite: Bools, token_limit: float) -> Figures:
+def _of_tokens(tokens: Tokens, divergence: Doubles, token_limit: float) -> Figures:
     """Staleness histogram, mismatch of fresh tokens, outliers, router flips."""
     if not len(tokens):
         return {}
-    everyone = np.ones(len(tokens), np.bool_)
-    histogram = _buckets(tokens.staleness, STALENESS_BUCKETS, everyone)
-    fresh = (tokens.staleness == 0) & finite
+    borders = np.array([high for _, high in STALENESS_BUCKETS[:-1]])
+    counts = np.bincount(np.searchsorted(borders, tokens.staleness), minlength=len(STALENESS_BUCKETS))
+    fresh = tokens.staleness == 0
     number = outliers(tokens, token_limit, 0)[0]
     flips = tokens.router_flips
     return {
-        **{f"staleness_{name}_share": float(chosen.mean()) for name, chosen in histogram.items()},
-        "kl_fresh": float(k3(log_ratio[fresh]).mean()) if fresh.any() else None,
+        **{
+            f"staleness_{name}_share": float(count / len(tokens))
+            for (name, _), count in zip(STALENESS_BUCKETS, counts, strict=True)
+        },
+        "kl_fresh": float(divergence[fresh].mean()) if fresh.any() else None,
         "outlier_tokens": float(number),
         "outlier_share": number / len(tokens),
         **({} if flips is None else {"router_flip_rate": float(flips.mean())}),

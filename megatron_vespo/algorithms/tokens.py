@@ -62,7 +62,12 @@ class Tokens:
 
     def per_sample(self, values: Doubles) -> Doubles:
         """Sum of the tokens' values over each sample, [S]."""
-        return np.bincount(self.sample_index, values, minlength=len(self.lengths))
+        if not len(values):
+            return np.zeros(len(self.lengths))
+        present = self.lengths > 0
+        totals = np.zeros(len(self.lengths))
+        totals[present] = np.add.reduceat(values, (np.cumsum(self.lengths) - self.lengths)[present])
+        return totals
 
 
 def gather_tokens(

@@ -213,12 +213,11 @@ class Preflight:
         parallel.on_main(conclude)
 
     def _sample(self) -> list[Sample]:
-        """The small rollout. Every data-parallel rank needs a sample of it."""
-        size = parallel.data_parallel_size()
-        number = max(self.settings.samples_per_prompt, -(-size // self.settings.prompts))
-        # A file of few prompts is gone through again.
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(self.settings.prompts if self.prompts else 0)]
-        groups = self.rollouts.evaluate(prompts, number, self.sampling)
+        """The small rollout."""
+        # Every data-parallel rank needs a sample; a file of few prompts gets more responses to each.
+        wanted = max(self.settings.prompts * self.settings.samples_per_prompt, parallel.data_parallel_size())
+        number = -(-wanted // max(len(self.prompts), 1))
+        groups = self.rollouts.evaluate(self.prompts, number, self.sampling)
         return [sample for group in groups for sample in group.samples]
 
     def _suspected(self, tokens: Tokens) -> float:

@@ -147,3 +147,17 @@ def test_the_layout_in_words(tree: dict[str, Any]) -> None:
     assert describe_layout(parse_config(tree), 1) == "1 rank, TP1 PP1 EP1 DP1"
     tree["megatron"] = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}
     assert describe_layout(parse_config(tree), 4) == "4 ranks, TP2 PP1 EP4 DP2"
+
+
+@pytest.mark.parametrize(
+    "health", [{"warn": {"silence": 0.1}}, {"stop_when": ["silence"]}, {"stop_when": {"silence": 3}}]
+)
+def test_an_unknown_health_condition_is_found_early(tree: dict[str, Any], health: dict[str, Any]) -> None:
+    message = refusal(parse_config(tree | {"health": health}))
+    assert message.startswith(f"health.{next(iter(health))}: unknown condition 'silence'; did you mean 'silent'?")
+
+
+def test_a_pre_flight_alone_has_a_folder_of_its_own_and_needs_a_server(tree: dict[str, Any]) -> None:
+    assert parse_config(tree | {"preflight": {"only": True}}).run_folder.name == "r.preflight"
+    with pytest.raises(UserError, match=r"preflight.only: there is no pre-flight without a trainer and a server"):
+        parse_config(tree | {"preflight": {"only": True}, "objective": "sft"})

@@ -280,7 +280,7 @@ def make_preflight(config: Config, rollouts: Rollouts, algorithm: Algorithm) -> 
         rollouts.sampler,
         rollouts.preflight_prompts,
         connect.training_sampling(config),
-        lambda ratios: algorithm.kernel(ratios, algorithm.params),
+        algorithm.weights_at_start,
         config.rollout.temperature,
         config.run_folder,
     )
@@ -289,7 +289,7 @@ def make_preflight(config: Config, rollouts: Rollouts, algorithm: Algorithm) -> 
 def make_health(config: Config, tokenizer: Tokenizer, algorithm: Algorithm, warn: Callable[[str], None]) -> HealthPanel:
     """What is watched at every step."""
     # Kernels that clamp log W call the limit so.
-    params = algorithm.params
+    params = algorithm.weighting.params
     limit = asdict(params).get("log_w_limit") if is_dataclass(params) and not isinstance(params, type) else None
     return HealthPanel(config.health, config.run_folder, tokenizer.decode, warn, limit)
 

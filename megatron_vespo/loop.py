@@ -12,13 +12,16 @@ resumed run is the same loop with the progress of a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
 
 from megatron_vespo import parallel
 from megatron_vespo.algorithms.aggregation import Aggregation
 from megatron_vespo.algorithms.loss import Regularization
-from megatron_vespo.algorithms.weights import Weighting
+from megatron_vespo.algorithms.weights import Ratios, Weighting
 from megatron_vespo.batching import MicrobatchPlan, plan_microbatches, split_minibatches
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import Values, minibatch_metrics, rollout_metrics, supervised_metrics
@@ -130,6 +133,15 @@ class Algorithm:
     regularization: Regularization
     behavior_logprobs: Literal["rollout", "recompute", "both"]
     max_response: int
+
+    def weights_at_start(self, ratios: Ratios) -> Tensor:
+        """Kappa of each token, shape [T], of fresh samples: the trainer's policy is pi_old, the ratios are to mu."""
+        zero, none = torch.zeros_like(ratios.log_ratio), torch.zeros_like(ratios.log_w)
+        if self.behavior_logprobs == "both":
+            ratios = replace(ratios, log_drift=zero, sum_log_drift=none, log_mismatch=ratios.log_ratio)
+        elif self.behavior_logprobs == "recompute":
+            ratios = replace(ratios, log_ratio=zero, log_drift=zero, log_w=none, sum_log_drift=none)
+        return self.weighting.of_minibatch(ratios)
 
     def objective(self, policy: Policy, minibatch: Sequence[Sample], schedule: Schedule) -> PolicyGradient:
         """The loss of one global minibatch; a collective where the weights depend on all of it."""

@@ -240,7 +240,9 @@ class Preflight:
         return Report(
             samples=int(present.sum()),
             drift=drift,
-            observed=observed_weight(tokens.per_sample(log_ratio)[present], usable, self.kappa),
+            observed=observed_weight(
+                tokens.per_sample(log_ratio)[present], tokens.lengths[present].astype(np.float64), usable, self.kappa
+            ),
             expected=forecast(drift, usable, float(tokens.lengths[present].mean()), self.kappa),
             longest=forecast(drift, usable, float(self.sampling.max_new_tokens), self.kappa),
             evidence=evidence,

@@ -28,6 +28,7 @@ from megatron_vespo.evaluation import NoEvaluation
 from megatron_vespo.loop import train_rl
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy.policy import Policy
+from megatron_vespo.preflight import NoPreflight
 from megatron_vespo.types import Progress
 
 
@@ -57,6 +58,8 @@ def make_config(cell: Cell, start: Path) -> Config:
             "behavior_logprobs": cell.algorithm.behavior_logprobs,
         },
         "algorithm": cell.algorithm.model_dump(exclude_unset=True, exclude={"behavior_logprobs", "megatron"}),
+        # Cells that fall silent are what is looked for, and all are measured by the laboratory itself.
+        "health": {"enabled": False},
         "training": {
             "steps": task.updates // cell.n,
             "minibatches_per_step": cell.n,
@@ -123,6 +126,8 @@ def run_cell(cell: Cell, start: Path) -> Outcome:
             assemble.make_schedule(config, architecture),
             silent_recorder(config),
             NoSaving(),
+            assemble.make_health(config, tokenizer, algorithm, print),
+            NoPreflight(),
             Progress(),
         )
     except UserError as error:  # NaN gradients or log-probabilities: an outcome

@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from megatron_vespo.metrics.measure import minibatch_metrics
+from megatron_vespo.policy.figures import Measured
 from megatron_vespo.policy.objectives import Objective
-from megatron_vespo.policy.policy import Policy, StepResult, Table
+from megatron_vespo.policy.policy import Policy, StepResult
 from megatron_vespo.types import FloatArray, Sample
 
 # Columns of a cell's file that are metrics of a minibatch.
@@ -45,9 +46,12 @@ class ObservedPolicy:
         self.history: dict[str, list[float | None]] = {name: [] for name in COLUMNS}
         self.accuracy = [(0, measure())]
 
-    def forward_backward(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], objective: Objective) -> Table:
+    def forward_backward(
+        self, samples: Sequence[Sample], plan: Sequence[Sequence[int]], objective: Objective
+    ) -> Measured:
         """The policy's, and what it says of the samples."""
-        table = self._policy.forward_backward(samples, plan, objective)
+        measured = self._policy.forward_backward(samples, plan, objective)
+        table = measured.table
         metrics = minibatch_metrics(samples, table, self._updates)
         self._note(
             reward=float(np.mean([sample.reward for sample in samples])),
@@ -56,7 +60,7 @@ class ObservedPolicy:
             response_length=float(table["tokens"].mean()),
             **{name: metrics[key] for name, key in METRIC_COLUMNS.items()},
         )
-        return table
+        return measured
 
     def optim_step(self) -> StepResult:
         """The policy's."""

@@ -111,41 +111,41 @@ def forecast(drift: TokenDrift, log_ratio: Doubles, length: float, kappa: Kappa)
     log_w = mean + sd * z
     # Any order but the grid's own: a token's ratio says next to nothing of its response's.
     ratios = np.resize(np.random.default_rng(0).permutation(log_ratio), len(z))
-    weights = {sign: _weights(kappa, log_w, ratios, sign) for sign in (1.0, -1.0)}
+    weights = {sign: _weights(kappa, log_w, ratios, np.full_like(log_w, length), sign) for sign in (1.0, -1.0)}
     informative = any(float(np.ptp(values)) > 0 for values in weights.values()) or sd == 0
     pos, ess_pos = _moments(share, weights[1.0]) if informative else (None, None)
     neg, ess_neg = _moments(share, weights[-1.0]) if informative else (None, None)
     return Heard(length, mean, sd, math.exp(-(sd**2)), pos, neg, ess_pos, ess_neg)
 
 
-def observed_weight(log_w: Doubles, log_ratio: Doubles, kappa: Kappa) -> float | None:
+def observed_weight(log_w: Doubles, lengths: Doubles, log_ratio: Doubles, kappa: Kappa) -> float | None:
     """Mean |kappa| of responses as they were measured, over both signs of the advantage; None as in ``Heard``.
 
     Args:
         log_w: log W of the responses (nats), [S].
+        lengths: Their tokens, [S].
         log_ratio: log pi - log mu of tokens (nats), [T].
         kappa: The weight.
     """
     ratios = np.resize(log_ratio, len(log_w))
-    values = np.concatenate([_weights(kappa, log_w, ratios, sign) for sign in (1.0, -1.0)])
+    values = np.concatenate([_weights(kappa, log_w, ratios, lengths, sign) for sign in (1.0, -1.0)])
     return float(values.mean()) if float(np.ptp(values)) > 0 else None
 
 
-def _weights(kappa: Kappa, log_w: Doubles, log_ratio: Doubles, sign: float) -> Doubles:
+def _weights(kappa: Kappa, log_w: Doubles, log_ratio: Doubles, lengths: Doubles, sign: float) -> Doubles:
     """|kappa| of one token of each of S responses, [S]."""
-    sequences = torch.from_numpy(log_w)
-    return (
-        kappa(
-            Ratios(
-                log_ratio=torch.from_numpy(log_ratio),
-                sample_index=torch.arange(len(log_w)),
-                log_w=sequences,
-                advantages=torch.full_like(sequences, sign),
-            )
-        )
-        .abs()
-        .numpy()
+    sequences, tokens = torch.from_numpy(log_w), torch.from_numpy(log_ratio)
+    ratios = Ratios(
+        log_ratio=tokens,
+        log_drift=tokens,
+        log_mismatch=None,
+        sample_index=torch.arange(len(log_w)),
+        log_w=sequences,
+        sum_log_drift=sequences,
+        n_tokens=torch.from_numpy(lengths),
+        advantages=torch.full_like(sequences, sign),
     )
+    return kappa(ratios).abs().numpy()
 
 
 def _moments(share: Doubles, weights: Doubles) -> tuple[float, float]:

@@ -220,6 +220,13 @@ class Weighting:
         assert self.kernel.measure is not None
         return dataclasses.replace(self, statistics=self.kernel.measure(ratios, self.params))
 
+    def of_minibatch(self, ratios: Ratios) -> Tensor:
+        """Kappa of each token, shape [T], where the ratios are those of a whole minibatch."""
+        if not self.needs_minibatch:
+            return self(ratios)
+        weighting = self.measured(ratios)
+        return weighting(dataclasses.replace(ratios, statistics=weighting.statistics))
+
     @property
     def bound(self) -> float | None:
         """Largest kappa possible, where it is known."""

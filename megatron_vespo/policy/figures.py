@@ -76,7 +76,7 @@ class Sums:
         place = torch.arange(len(first), device=first.device) - first
         place += self._starts[batch.indices[batch.sample_index]]
         self._tokens[0, place] = logprobs.log_pi.detach().double()
-        self._tokens[1, place] = logprobs.entropy.double()
+        self._tokens[1, place] = logprobs.entropy.detach().double()
 
     def over_ranks(self) -> tuple[np.ndarray, TokenScores]:
         """Rows of all samples, and the tokens: the one time that the host waits for the device."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_vespo.algorithms.forecast import TokenDrift, forecast, measure_drift, observed_weight
-from megatron_vespo.algorithms.weights import Ratios, get_kernel
+from megatron_vespo.algorithms.methods import get_kernel
+from megatron_vespo.algorithms.weights import whole_ratios
 
 
 def kappa_of(name: str):
@@ -39,7 +40,9 @@ def test_the_forecast_is_what_is_then_seen(temperature: float, length: int) -> N
     seen = softmax_rollout(rng, 800, length, temperature).sum(1)
     assert heard.log_w_mean == pytest.approx(seen.mean(), abs=0.15 * seen.std())
     assert heard.log_w_sd == pytest.approx(seen.std(), rel=0.1)
-    assert heard.weight == pytest.approx(observed_weight(seen, small, VESPO), abs=0.05)
+    assert heard.weight == pytest.approx(
+        observed_weight(seen, np.full(len(seen), 1.0 * length), small, VESPO), abs=0.05
+    )
     for sign, mean, ess in (
         (1.0, heard.weight_pos, heard.ess_weight_pos),
         (-1.0, heard.weight_neg, heard.ess_weight_neg),
@@ -51,13 +54,8 @@ def test_the_forecast_is_what_is_then_seen(temperature: float, length: int) -> N
 
 def phi_of(log_w: np.ndarray, sign: float) -> np.ndarray:
     sequences = torch.from_numpy(log_w)
-    ratios = Ratios(
-        log_ratio=sequences,
-        sample_index=torch.arange(len(log_w)),
-        log_w=sequences,
-        advantages=torch.full_like(sequences, sign),
-    )
-    return VESPO(ratios).numpy()
+    index, advantages = torch.arange(len(log_w)), torch.full_like(sequences, sign)
+    return VESPO(whole_ratios(sequences, torch.zeros_like(sequences), None, index, advantages)).numpy()
 
 
 @pytest.mark.parametrize("sd, pos, neg", [(1.0, 0.70, 0.50), (2.0, 0.34, 0.20), (3.0, 0.13, 0.07)])
@@ -92,7 +90,7 @@ def test_a_weight_that_is_always_one_says_nothing() -> None:
     heard = forecast(measure_drift(ratios), ratios, 1000, REINFORCE)
     assert heard.weight is None and heard.weight_pos is None and heard.ess_weight_neg is None
     assert heard.ess_w < 1e-10
-    assert observed_weight(ratios, ratios, REINFORCE) is None
+    assert observed_weight(ratios, np.ones(len(ratios)), ratios, REINFORCE) is None
 
 
 def test_the_drift_after_top_p_is_k1() -> None:

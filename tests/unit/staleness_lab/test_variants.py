@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
 
 def kappa(kernel: WeightKernel, log_w: torch.Tensor = LOG_W, **params: float) -> torch.Tensor:
     ratios = whole_ratios(log_w, torch.zeros_like(log_w), None, torch.arange(len(log_w)), SIGNS)
-    weighting = Weighting(kernel, kernel.make_params(params)).measured(ratios)
-    return weighting(replace(ratios, statistics=weighting.statistics))
+    return Weighting(kernel, kernel.make_params(params)).of_minibatch(ratios)
 
 
 def test_tempering_reaches_the_mean_that_was_asked_for() -> None:

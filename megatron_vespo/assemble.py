@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from megatron_vespo import connect, parallel
 from megatron_vespo.algorithms.methods import (
@@ -18,10 +16,10 @@ from megatron_vespo.algorithms.methods import (
     make_weighting,
 )
 from megatron_vespo.config import Config
-from megatron_vespo.data.sft import SupervisedExample, SupervisedStream, read_supervised
+from megatron_vespo.data.sft import SupervisedStream, read_supervised
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.evaluation import NoEvaluation
-from megatron_vespo.loop import Algorithm, Evaluation, PreflightCheck, RolloutSource, Schedule, WeightPush
+from megatron_vespo.loop import Algorithm
 from megatron_vespo.megatron_options import microbatch_multiple
 from megatron_vespo.models.build import build_model, ddp_config, optimizer_config, transformer_config
 from megatron_vespo.models.conversion import load_hf_weights
@@ -30,6 +28,7 @@ from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader
 from megatron_vespo.panel import HealthPanel
+from megatron_vespo.parts import Evaluation, PreflightCheck, RolloutSource, WeightPush
 from megatron_vespo.policy.checkpoint import save_hf
 from megatron_vespo.policy.checkpoints import Checkpoints
 from megatron_vespo.policy.policy import Policy
@@ -40,7 +39,8 @@ from megatron_vespo.rollout.replay import BatchReader, ReplayService
 from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.saving import Saver
-from megatron_vespo.types import Prompt, Sample
+from megatron_vespo.schedule import Schedule
+from megatron_vespo.types import Prompt
 from megatron_vespo.weight_sync.broadcast import BroadcastTransport
 from megatron_vespo.weight_sync.delta import DeltaTransport
 from megatron_vespo.weight_sync.disk import DiskTransport
@@ -308,24 +308,3 @@ def make_sft_stream(config: Config, architecture: Architecture, tokenizer: Token
     assert config.data.train is not None
     examples = read_supervised(config.data.train, tokenizer, architecture.context_length)
     return SupervisedStream(examples, config.run.seed, config.data.shuffle)
-
-
-def sft_batches(stream: SupervisedStream, samples_per_step: int) -> Iterator[list[Sample]]:
-    """Minibatches of texts."""
-    while True:
-        first = stream.position
-        yield [_as_sample(next(stream), first + number) for number in range(samples_per_step)]
-
-
-def _as_sample(example: SupervisedExample, number: int) -> Sample:
-    """A text as the policy sees it: the tokens to predict are the response."""
-    first = int(example.loss_mask.argmax())
-    response = example.input_ids[first:]
-    return Sample(
-        Prompt(number, example.input_ids[:first]),
-        0,
-        response,
-        log_mu=np.zeros(len(response), dtype=np.float32),
-        weight_versions=response * 0,
-        finish_reason="stop",
-    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,96 +22,17 @@ from megatron_vespo import parallel
 from megatron_vespo.algorithms.aggregation import Aggregation
 from megatron_vespo.algorithms.loss import Regularization
 from megatron_vespo.algorithms.weights import Ratios, Weighting
-from megatron_vespo.batching import MicrobatchPlan, plan_microbatches, split_minibatches
+from megatron_vespo.batching import split_minibatches
 from megatron_vespo.errors import UserError
-from megatron_vespo.metrics.measure import Values, minibatch_metrics, rollout_metrics, supervised_metrics
+from megatron_vespo.metrics.measure import minibatch_metrics, rollout_metrics, supervised_metrics
 from megatron_vespo.metrics.registry import StepMetrics
+from megatron_vespo.parts import Evaluation, Health, PreflightCheck, RolloutSource, Saving, WeightPush
 from megatron_vespo.policy.figures import Measured
 from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators, minibatch_ratios
-from megatron_vespo.policy.packing import packed_length
 from megatron_vespo.policy.policy import Policy
 from megatron_vespo.record import Recorder
+from megatron_vespo.schedule import Schedule
 from megatron_vespo.types import Progress, Sample, SampleGroup
-
-
-class RolloutSource(Protocol):
-    """Where batches come from: SGLang, or files."""
-
-    def start(self) -> None:
-        """Begin, with the weights of policy version 0 pushed."""
-
-    def next_batch(self) -> list[SampleGroup]:
-        """The next scored groups, the same on every rank; none where the run shall stop."""
-        ...
-
-    def release(self) -> None:
-        """Let new prompts in for the groups trained on."""
-
-    def metrics(self) -> Values:
-        """What happened since the last call; on rank 0."""
-        ...
-
-
-class WeightPush(Protocol):
-    """Where new weights go."""
-
-    def push(self, version: int) -> Values:
-        """Sample with the current weights from now on, as this policy version; returns metrics of the push."""
-        ...
-
-
-class Evaluation(Protocol):
-    """Held-out accuracy."""
-
-    def due(self, step: int, last_step: int) -> bool:
-        """Whether to evaluate after this step."""
-        ...
-
-    def run(self) -> Values:
-        """The metrics."""
-        ...
-
-
-class Saving(Protocol):
-    """Checkpoints, and whether the run shall stop."""
-
-    def stopping(self) -> bool:
-        """Whether somebody asked the run to stop; the same on every rank."""
-        ...
-
-    def after_step(self, progress: Progress) -> None:
-        """Save what is due."""
-
-    def leave(self, progress: Progress) -> None:
-        """The run ends, in order: save what is not saved yet."""
-
-
-class Health(Protocol):
-    """Whether off-policy training is sound, and what speaks against it."""
-
-    def begin(self, samples: Sequence[Sample]) -> None:
-        """A step's samples as they were drawn."""
-
-    def observe(self, minibatch: Sequence[Sample], measured: Measured, policy_version: int) -> None:
-        """What was measured of a minibatch under this policy version."""
-
-    def conclude(self, step: int, metrics: StepMetrics) -> Values:
-        """Further metrics of the finished step; warns of what they and the others say."""
-        ...
-
-    def hopeless(self) -> bool:
-        """Whether the run shall end; the same on every rank."""
-        ...
-
-    def raise_if_hopeless(self) -> None:
-        """Say why."""
-
-
-class PreflightCheck(Protocol):
-    """Whether anything would be learned."""
-
-    def run(self, policy: Policy, schedule: Schedule, policy_version: int, teller: Recorder) -> None:
-        """Check it with a small rollout of the weights pushed; a UserError where it would not."""
 
 
 @dataclass(frozen=True)
@@ -151,54 +72,6 @@ class Algorithm:
             weighting = weighting.measured(minibatch_ratios(minibatch, log_pi))
         sizes = denominators(minibatch, self.max_response)
         return PolicyGradient(weighting, self.aggregation, sizes, self.regularization)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long, and in what pieces.
-
-    Attributes:
-        steps: Rollout batches (RL) or optimizer steps (SFT).
-        minibatches_per_step: N, optimizer steps on each rollout batch.
-        max_tokens_per_microbatch: Packing limit.
-        microbatch_multiple: The number of microbatches is a multiple of this.
-        cost: Time that a sequence of so many tokens takes, in any unit; it balances the ranks.
-        max_skipped_updates: Optimizer steps in a row that may be skipped for a bad gradient.
-        staleness_bound: Most optimizer steps between sampling a token and training on it; None: whatever it is.
-    """
-
-    steps: int
-    minibatches_per_step: int
-    max_tokens_per_microbatch: int
-    microbatch_multiple: int
-    cost: Callable[[int], float]
-    max_skipped_updates: int
-    staleness_bound: int | None
-
-    def plan(self, samples: Sequence[Sample]) -> MicrobatchPlan:
-        """Microbatches of a minibatch for all data-parallel ranks."""
-        return plan_microbatches(
-            [packed_length(sample) for sample in samples],
-            parallel.data_parallel_size(),
-            self.max_tokens_per_microbatch,
-            self.cost,
-            names=[sample.name for sample in samples],
-            multiple_of=self.microbatch_multiple,
-        )
-
-    def rank_plan(self, samples: Sequence[Sample]) -> Sequence[Sequence[int]]:
-        """Microbatches of a minibatch for this rank."""
-        return self.plan(samples).ranks[parallel.data_parallel_rank()]
-
-    def check_staleness(self, samples: Sequence[Sample], policy_version: int) -> None:
-        """Assert the bound that admission keeps; a breach is a mistake in this program."""
-        for sample in samples:
-            staleness = sample.staleness(policy_version)
-            if self.staleness_bound is not None and staleness > self.staleness_bound:
-                raise RuntimeError(
-                    f"sample {sample.name} is {staleness} updates old, more than (max_staleness + 1) *"
-                    f" minibatches_per_step - 1 = {self.staleness_bound}"
-                )
 
 
 def train_rl(

@@ -9,7 +9,7 @@ import msgspec
 
 from megatron_vespo import assemble, parallel
 from megatron_vespo.config import Config
-from megatron_vespo.data.sft import SupervisedStream
+from megatron_vespo.data.sft import SupervisedStream, sft_batches
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.loop import train_rl, train_sft
 from megatron_vespo.models.registry import load_architecture
@@ -67,7 +67,7 @@ def train(
             stream.load_state_dict(msgspec.json.decode(data))
         state = partial(_encode, stream)
         saver = assemble.make_saver(config, trainer, state, lambda: stop.requested, recorder.message)
-        batches = assemble.sft_batches(stream, config.training.samples_per_step)
+        batches = sft_batches(stream, config.training.samples_per_step)
         train_sft(trainer.policy, batches, schedule, recorder, saver, progress)
         return
     if rollouts is None:

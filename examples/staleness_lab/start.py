@@ -10,6 +10,7 @@ from examples.staleness_lab.settings import Task
 from megatron_vespo import assemble
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import parse_config
+from megatron_vespo.data.sft import sft_batches
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.files import atomic_folder
 from megatron_vespo.loop import train_sft
@@ -58,7 +59,7 @@ def make_start(folder: Path, task: Task) -> None:
         stream = assemble.make_sft_stream(config, architecture, load_tokenizer(empty))
         train_sft(
             trainer.policy,
-            assemble.sft_batches(stream, config.training.samples_per_step),
+            sft_batches(stream, config.training.samples_per_step),
             assemble.make_schedule(config, architecture),
             silent_recorder(config),
             NoSaving(),

@@ -14,7 +14,7 @@ from megatron_vespo.data.jsonl import read_jsonl
 from megatron_vespo.data.order import EndlessOrder
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.errors import UserError
-from megatron_vespo.types import IntArray
+from megatron_vespo.types import IntArray, Prompt, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +100,24 @@ def _tokenise(where: str, line: dict[str, Any], tokenizer: Tokenizer) -> tuple[l
     else:
         raise UserError(f"{where}: 'prompt' must be text or a list of messages")
     return prompt_ids, tokenizer.encode(response, add_special_tokens=False)
+
+
+def sft_batches(stream: SupervisedStream, samples_per_step: int) -> Iterator[list[Sample]]:
+    """Minibatches of texts."""
+    while True:
+        first = stream.position
+        yield [_as_sample(next(stream), first + number) for number in range(samples_per_step)]
+
+
+def _as_sample(example: SupervisedExample, number: int) -> Sample:
+    """A text as the policy sees it: the tokens to predict are the response."""
+    first = int(example.loss_mask.argmax())
+    response = example.input_ids[first:]
+    return Sample(
+        Prompt(number, example.input_ids[:first]),
+        0,
+        response,
+        log_mu=np.zeros(len(response), dtype=np.float32),
+        weight_versions=response * 0,
+        finish_reason="stop",
+    )

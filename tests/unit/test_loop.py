@@ -3,9 +3,10 @@ import pytest
 
 from megatron_vespo import loop
 from megatron_vespo.errors import UserError
-from megatron_vespo.loop import Schedule, _update
+from megatron_vespo.loop import _update
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.policy.policy import StepResult
+from megatron_vespo.schedule import Schedule
 from megatron_vespo.types import Progress, Prompt, Sample
 
 

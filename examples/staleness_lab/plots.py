@@ -27,8 +27,8 @@ _STYLE: Any = {
     "axes.titlesize": 10,
 }
 _COLORS = (
-    "#1f5fbf", "#8c8c8c", "#e08214", "#c0392b", "#2e9e5b", "#8e5bb5",
-    "#a0622d", "#d671b0", "#16a3b8", "#9aa61e", "#444444", "#f2b134",
+    "#1f5fbf", "#d6278c", "#8c8c8c", "#e08214", "#c0392b", "#2e9e5b", "#8e5bb5",
+    "#a0622d", "#16a3b8", "#9aa61e", "#444444", "#f2b134", "#7a9ccf",
 )  # fmt: skip
 
 type Curve = tuple[np.ndarray, np.ndarray]
@@ -99,7 +99,7 @@ def _draw_band(axis: Axes, curves: Sequence[Curve], label: str, color: str) -> N
         return
     length = min(len(x) for x, _ in curves)
     x, values = curves[0][0][:length], np.array([y[:length] for _, y in curves])
-    first = label == "vespo"
+    first = label.startswith("vespo")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         axis.plot(x, np.nanmean(values, 0), label=label, color=color, linewidth=2.2 if first else 1.3, zorder=3 + first)

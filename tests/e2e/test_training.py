@@ -45,7 +45,8 @@ def push_generate_compare(tree: dict[str, Any]) -> list[float]:
             )
             algorithm.assign_advantages(groups)
             assert denominators(samples).tokens > 50
-            trainer.policy.forward_backward(samples, plan, algorithm.objective(samples))
+            objective = algorithm.objective(trainer.policy, samples, schedule)
+            trainer.policy.forward_backward(samples, plan, objective)
             trainer.policy.optim_step()
             if version < 2:
                 # A push between taking and releasing, as in the loop: nothing is in flight.

@@ -31,7 +31,7 @@ class NormalizedParams(VespoParams):
 
 def _mean_phi(ratios: Ratios, params: NormalizedParams) -> tuple[float, ...]:
     chosen = heard(ratios)
-    values = sample_phi(ratios.log_w, ratios.advantages, params)[chosen]
+    values = sample_phi(ratios.log_w, ratios.log_w, ratios.advantages, params)[chosen]
     return (max(float(values.mean()), params.min_mean) if len(values) else 1.0,)
 
 
@@ -39,7 +39,7 @@ def _mean_phi(ratios: Ratios, params: NormalizedParams) -> tuple[float, ...]:
 def normalized(ratios: Ratios, params: NormalizedParams) -> Tensor:
     """phi(W) divided by its mean over the minibatch: the gradient keeps its size as fewer samples are heard."""
     (mean,) = ratios.statistics
-    return ratios.spread(sample_phi(ratios.log_w, ratios.advantages, params) / mean)
+    return ratios.spread(sample_phi(ratios.log_w, ratios.log_w, ratios.advantages, params) / mean)
 
 
 def _center(ratios: Ratios, params: VespoParams) -> tuple[float, ...]:
@@ -51,7 +51,7 @@ def _center(ratios: Ratios, params: VespoParams) -> tuple[float, ...]:
 def centered(ratios: Ratios, params: VespoParams) -> Tensor:
     """phi(W / median W): the typical sample of the minibatch is heard whole, whatever the drift."""
     (center,) = ratios.statistics
-    return ratios.spread(sample_phi(ratios.log_w - center, ratios.advantages, params))
+    return ratios.spread(sample_phi(ratios.log_w - center, ratios.log_w - center, ratios.advantages, params))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def tempering(log_w: Tensor, advantages: Tensor, params: TemperedParams) -> floa
     """
 
     def mean(alpha: float) -> float:
-        return float(sample_phi(alpha * log_w, advantages, params).mean())
+        return float(sample_phi(alpha * log_w, alpha * log_w, advantages, params).mean())
 
     if not len(log_w) or mean(1.0) >= params.min_phi:
         return 1.0
@@ -95,4 +95,5 @@ def tempered(ratios: Ratios, params: TemperedParams) -> Tensor:
     alpha = 1 is VESPO, alpha = 0 REINFORCE, alpha = 1 / length the length normalisation of GSPO.
     """
     (alpha,) = ratios.statistics
-    return ratios.spread(sample_phi(alpha * ratios.log_w, ratios.advantages, params))
+    log_w = alpha * ratios.log_w
+    return ratios.spread(sample_phi(log_w, log_w, ratios.advantages, params))

@@ -25,9 +25,10 @@ class VespoParams:
         c1_neg: Power of W where the advantage is < 0 (``k_neg``).
         c2_neg: Rate of the exponential where the advantage is < 0 (``lambda_neg``).
         log_w_limit: Upper limit of log W (nats) inside phi, so that exp(log W) stays finite; at most 88.
-        log_w_floor_pos: Lower limit of log W (nats) inside phi where the advantage is >= 0; the paper has none. With 0,
-            good responses that have become unlikely keep the weight 1 and pull the policy back, where phi(W) falls
-            silent; PPO's clip has the same asymmetry.
+        log_w_floor_pos: Lower limit of the drift log pi/pi_old (nats) inside phi where the advantage is >= 0; the paper
+            has none. With 0, good responses that updates have made unlikely keep their weight and pull the policy
+            back, where phi(W) falls silent; PPO's clip has the same asymmetry. The mismatch pi_old/mu is not limited:
+            what never was the policy's stays silent, as far as pi_old is known (``behavior_logprobs: both``).
 
     Raises:
         UserError: A value is not positive and finite, the limit above what exp holds in float32, or the floor above 0.
@@ -75,13 +76,21 @@ def vespo_phi(log_w: Tensor, c1: float, c2: float, log_w_limit: float) -> Tensor
     return torch.where(log_w.isfinite(), phi, torch.zeros_like(phi))
 
 
-def sample_phi(log_w: Tensor, advantages: Tensor, params: VespoParams) -> Tensor:
-    """Weight phi of each sample by the sign of its advantage, log_w and advantages [S] -> [S]."""
-    limit, floor = params.log_w_limit, params.log_w_floor_pos
+def sample_phi(log_w: Tensor, log_drift: Tensor, advantages: Tensor, params: VespoParams) -> Tensor:
+    """Weight phi of each sample by the sign of its advantage.
+
+    Args:
+        log_w: log pi/mu of each sample (nats), [S].
+        log_drift: log pi/pi_old of it, [S]; log_w where pi_old is mu.
+        advantages: [S].
+        params: Shape of phi, and the floor of the drift.
+    """
+    # Not where log W is infinite: such samples have phi 0.
+    lift = (params.log_w_floor_pos - log_drift).clamp(min=0).nan_to_num(nan=0.0, posinf=0.0)
     return torch.where(
         advantages >= 0,
-        vespo_phi(torch.where(log_w.isfinite(), log_w.clamp(min=floor), log_w), params.c1_pos, params.c2_pos, limit),
-        vespo_phi(log_w, params.c1_neg, params.c2_neg, limit),
+        vespo_phi(log_w + lift, params.c1_pos, params.c2_pos, params.log_w_limit),
+        vespo_phi(log_w, params.c1_neg, params.c2_neg, params.log_w_limit),
     )
 
 
@@ -102,4 +111,4 @@ def _bound(params: VespoParams) -> float:
 )
 def vespo(ratios: Ratios, params: VespoParams) -> Tensor:
     """VESPO: kappa = phi(W) of the whole sequence, without length normalisation (arXiv 2602.10693)."""
-    return ratios.spread(sample_phi(ratios.log_w, ratios.advantages, params))
+    return ratios.spread(sample_phi(ratios.log_w, ratios.sum_log_drift, ratios.advantages, params))

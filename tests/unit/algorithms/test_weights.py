@@ -76,6 +76,11 @@ def test_a_floor_keeps_good_responses_heard() -> None:
     kappa = KERNELS["vespo"](ratios(log_w, [1.0, 1.0, 1.0, -1.0, 1.0]), params).tolist()
     plain = KERNELS["vespo"](ratios(log_w, [1.0, 1.0, 1.0, -1.0, 1.0]), VespoParams()).tolist()
     assert kappa == [1.0, 1.0, plain[2], plain[3], 0.0]
+    # Of the drift alone: log pi_old/mu = -2 stays.
+    log_pi, log_mu, index = torch.tensor([-4.0, 1.0]), torch.tensor([2.0, 0.0]), torch.arange(2)
+    both = whole_ratios(log_pi, log_mu, torch.tensor([0.0, -2.0]), index, torch.ones(2))
+    expected = vespo_phi(torch.tensor([-2.0, 1.0]), 2, 3, 80)
+    torch.testing.assert_close(KERNELS["vespo"](both, params), expected)
     for value in (0.1, math.nan):
         with pytest.raises(UserError, match="log_w_floor_pos"):
             VespoParams(log_w_floor_pos=value)

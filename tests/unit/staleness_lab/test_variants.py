@@ -22,7 +22,9 @@ def test_tempering_reaches_the_mean_that_was_asked_for() -> None:
         params = TemperedParams(min_phi=wanted)
         alpha = tempering(LOG_W[heard], SIGNS[heard], params)
         assert 0 < alpha < 1
-        assert float(sample_phi(alpha * LOG_W[heard], SIGNS[heard], params).mean()) == pytest.approx(wanted, abs=1e-4)
+        assert float(
+            sample_phi(alpha * LOG_W[heard], alpha * LOG_W[heard], SIGNS[heard], params).mean()
+        ) == pytest.approx(wanted, abs=1e-4)
         assert float(kappa(tempered, min_phi=wanted)[heard].mean()) == pytest.approx(wanted, abs=1e-4)
     assert tempering(LOG_W[:1], SIGNS[:1], TemperedParams()) == 1.0
     assert tempering(LOG_W[:0], SIGNS[:0], TemperedParams()) == 1.0

@@ -22,7 +22,10 @@ _SAMPLE_FIELDS = (
     "reward",
     "advantage",
     "reward_error",  # not in rows of version 1
+    "routed_experts",  # nor of version 2
 )
+# Fields that samples of older versions lack.
+_LATER_FIELDS = 2
 _PROMPT_FIELDS = ("index", "input_ids", "label", "metadata")
 
 
@@ -75,7 +78,8 @@ def _group(prompt_row: list[Any], sample_rows: list[list[Any]]) -> SampleGroup:
     prompt = Prompt(**dict(zip(_PROMPT_FIELDS, prompt_row, strict=True)))
     samples = []
     for row in sample_rows:
-        fields = _SAMPLE_FIELDS[:-1] if len(row) == len(_SAMPLE_FIELDS) - 1 else _SAMPLE_FIELDS
+        missing = len(_SAMPLE_FIELDS) - len(row)
+        fields = _SAMPLE_FIELDS[: len(row)] if 0 < missing <= _LATER_FIELDS else _SAMPLE_FIELDS
         samples.append(Sample(prompt=prompt, **dict(zip(fields, row, strict=True))))
     return SampleGroup(prompt, samples)
 

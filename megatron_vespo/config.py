@@ -282,6 +282,9 @@ class HealthSection(Section):
     for example `{silent: 5, mismatch: 1}`. `[]`: none does."""
     token_limit: float = Field(default=3.0, gt=0)
     """|log pi - log mu| (nats) above which a token counts as an outlier and is written to health/."""
+    router_flips: bool = False
+    """Ask SGLang which experts it chose and count where the trainer chooses others (models with experts). A server of
+    yours needs --enable-return-routed-experts."""
     tokens_written: int = Field(default=20, ge=0)
     """Outliers of a step that are written, the worst first."""
 

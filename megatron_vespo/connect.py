@@ -131,6 +131,7 @@ def _make_fleet(
 ) -> tuple[Fleet, Dispatcher]:
     section, timeout = config.rollout.server, config.rollout.request_timeout
     api_key = server_key(section) if server is None else server.api_key
+    routing = _routing(architecture) if config.health.router_flips else None
 
     def open_client(url: str) -> SGLangClient:
         return SGLangClient(
@@ -140,6 +141,7 @@ def _make_fleet(
             timeout=timeout,
             unpushed_version=unpushed_version,
             api_key=api_key,
+            routing=routing,
         )
 
     def open_member(url: str) -> tuple[SGLangControl, SGLangClient]:
@@ -165,6 +167,14 @@ def _make_fleet(
     )
 
 
+def _routing(architecture: Architecture) -> tuple[int, int]:
+    """Layers, with experts or without, and experts a token."""
+    facts = architecture.transformer_config()
+    if "moe_router_topk" not in facts:
+        raise UserError("health.router_flips: the model has no experts; leave it out")
+    return facts["num_layers"], facts["moe_router_topk"]
+
+
 def _check_info(config: Config) -> Callable[[str, ServerInfo], None]:
     """Servers that others started may lack what runs inside them, or hold a trainer's weights."""
     needs_loader = config.objective == "rl" and (
@@ -177,6 +187,11 @@ def _check_info(config: Config) -> Callable[[str, ServerInfo], None]:
                 f"{url} was started without --custom-weight-loader {LOADER}, which weight_sync.verify and"
                 " transport delta need: start it so, with megatron_vespo on its PYTHONPATH, or set weight_sync.verify:"
                 " none and another transport"
+            )
+        if config.health.router_flips and not info.returns_routed_experts:
+            raise UserError(
+                f"{url} was started without --enable-return-routed-experts, which health.router_flips needs: start it"
+                " so, or leave health.router_flips out"
             )
         if config.objective == "rollout" and info.weight_version not in (UNPUSHED, "0"):
             raise UserError(

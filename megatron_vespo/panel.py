@@ -72,7 +72,14 @@ class HealthPanel:
             return
         log_mu = [self._log_mu[sample.name] for sample in minibatch]
         self._tokens.append(
-            gather_tokens(minibatch, log_mu, measured.tokens.log_pi, measured.tokens.entropy, policy_version)
+            gather_tokens(
+                minibatch,
+                log_mu,
+                measured.tokens.log_pi,
+                measured.tokens.entropy,
+                policy_version,
+                measured.tokens.router_flips,
+            )
         )
         self._samples += minibatch
         self._log_w.append(measured.table["log_w"])

@@ -169,7 +169,7 @@ def start_server(config: Config) -> SGLangServer:
         host=server.host,
         port=server.port,
         random_seed=config.run.seed,
-        args=config.sglang,
+        args={"enable_return_routed_experts": config.health.router_flips} | config.sglang,
         python=server.python,
         startup_timeout=server.startup_timeout,
         api_key=server_key(server),

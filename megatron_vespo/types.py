@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
+ExpertArray = NDArray[np.int16]
+
+UNKNOWN_EXPERT = -1
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
@@ -63,6 +66,9 @@ class Sample:
         advantage: Set by ``algorithms.advantages`` once the group is complete.
         reward_error: Why it could not be scored: the reward function failed, crashed or took too long. Such a sample
             has advantage 0 and counts for nothing in its group. Empty otherwise.
+        routed_experts: Experts that the sampler chose in the forward pass that gave each token its distribution, which
+            is that of the token before it: shape [R, layers, experts a token], every layer of the model, in any order;
+            UNKNOWN_EXPERT throughout a token whose routing is not known. None: nothing is known.
     """
 
     prompt: Prompt
@@ -75,6 +81,7 @@ class Sample:
     reward: float = 0.0
     advantage: float = 0.0
     reward_error: str = ""
+    routed_experts: ExpertArray | None = None
     log_old: FloatArray | None = None
     log_ref: FloatArray | None = None
 

@@ -44,6 +44,21 @@ def log_probs_in_this_process(
         return [model(torch.tensor([list(s)])).logits[0].log_softmax(-1).numpy() for s in sequences]
 
 
+def routed_experts_in_this_process(folder: Path, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Experts that transformers chooses at every position, for each sequence [length, layers, experts a token]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    experts = model.config.num_experts_per_tok
+    found = []
+    for sequence in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([list(map(int, sequence))]), output_router_logits=True).router_logits
+        found.append(torch.stack([layer.topk(experts, -1).indices for layer in logits], 1).numpy())
+    return found
+
+
 def main() -> None:
     out, *folders = map(Path, sys.argv[1:])
     sequences = json.loads((out.parent / "sequences.json").read_text())

@@ -22,6 +22,7 @@ _COLUMNS = METRIC_COLUMNS | {
     "reward": "rollout/reward_mean",
     "grad_norm": "train/grad_norm",
     "response_length": "rollout/response_length_mean",
+    "router_flip_rate": "health/router_flip_rate",
 }
 _ACCURACY = "eval/heldout/accuracy"
 

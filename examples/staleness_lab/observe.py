@@ -24,7 +24,7 @@ METRIC_COLUMNS = {
     "phi_small_share": "vespo/phi_small_share",
     "staleness": "rollout/staleness_mean",
 }
-COLUMNS = ("reward", "grad_norm", "kl_per_token", "response_length", *METRIC_COLUMNS)
+COLUMNS = ("reward", "grad_norm", "kl_per_token", "response_length", "router_flip_rate", *METRIC_COLUMNS)
 
 
 class ObservedPolicy:
@@ -51,13 +51,14 @@ class ObservedPolicy:
     ) -> Measured:
         """The policy's, and what it says of the samples."""
         measured = self._policy.forward_backward(samples, plan, objective)
-        table = measured.table
+        table, flips = measured.table, measured.tokens.router_flips
         metrics = minibatch_metrics(samples, table, self._updates)
         self._note(
             reward=float(np.mean([sample.reward for sample in samples])),
             # Of mu to pi, by the samples that mu drew: the mean of log mu - log pi.
             kl_per_token=float(-table["log_w"].sum() / max(table["tokens"].sum(), 1.0)),
             response_length=float(table["tokens"].mean()),
+            router_flip_rate=None if flips is None else float(np.concatenate(flips).mean()),
             **{name: metrics[key] for name, key in METRIC_COLUMNS.items()},
         )
         return measured

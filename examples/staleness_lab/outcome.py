@@ -68,11 +68,11 @@ class Outcome:
 
     def last(self, column: str) -> float | None:
         """Mean over the last updates."""
-        return mean(self.history[column][-_LAST:])
+        return mean(self.history.get(column, [])[-_LAST:])
 
     def mean(self, column: str) -> float | None:
-        """Mean over all updates."""
-        return mean(self.history[column])
+        """Mean over all updates; None of a column that the run did not have."""
+        return mean(self.history.get(column, []))
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""

@@ -99,7 +99,15 @@ def sample_groups(
         group = SampleGroup(
             prompt,
             [
-                Sample(prompt, i, r.ids, r.log_mu, np.full(len(r.ids), version, np.int32), r.finish_reason)
+                Sample(
+                    prompt,
+                    i,
+                    r.ids,
+                    r.log_mu,
+                    np.full(len(r.ids), version, np.int32),
+                    r.finish_reason,
+                    routed_experts=r.routed_experts,
+                )
                 for i, r in enumerate(responses)
             ],
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from examples.staleness_lab.fake_fp8 import Fp8
 from megatron_vespo.errors import UserError
-from megatron_vespo.types import FINISH_LENGTH, FINISH_STOP, FloatArray, IntArray
+from megatron_vespo.types import FINISH_LENGTH, FINISH_STOP, ExpertArray, FloatArray, IntArray
 
 # Sequences sampled at a time: their keys and values fit a CPU's cache.
 _CHUNK = 1024
@@ -42,11 +42,12 @@ class Perturbation:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One sampled response: token ids, their log-probabilities (nats), why it ended."""
+    """One sampled response: token ids, their log-probabilities (nats), why it ended, experts as of ``Sample``."""
 
     ids: IntArray
     log_mu: FloatArray
     finish_reason: str
+    routed_experts: ExpertArray
 
 
 class Sampler:
@@ -62,6 +63,7 @@ class Sampler:
         self._config, self._perturbation = architecture, perturbation
         self._random = torch.Generator().manual_seed(seed)
         self._weights: dict[str, Tensor] = {}
+        self._chosen: list[Tensor] = []  # in the last forward pass, of each layer, [B, T, experts a token]
         dim, longest = architecture["head_dim"], architecture["max_position_embeddings"]
         frequencies = architecture["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles = torch.outer(torch.arange(longest, dtype=torch.float64), frequencies).repeat(1, 2)
@@ -129,9 +131,11 @@ class Sampler:
         length = prompts.shape[1]
         cache = self._new_cache(len(prompts), length + limit)
         logits = self._head(self._hidden(prompts, 0, cache)[:, -1]).repeat_interleave(samples, 0)
+        chosen = self._last_chosen().repeat_interleave(samples, 0)
         cache = [tensor.repeat_interleave(samples, 0) for tensor in cache]
         count = len(logits)
         tokens, log_mu = torch.zeros(count, limit, dtype=torch.int64), torch.zeros(count, limit)
+        routed = torch.zeros(count, limit, *chosen.shape[1:], dtype=torch.int16)
         lengths, stopped = torch.full((count,), limit), torch.zeros(count, dtype=torch.bool)
         active = torch.arange(count)  # rows of the cache -> sequences
         for step in range(limit):
@@ -141,6 +145,7 @@ class Sampler:
             token = torch.multinomial(log_probs.exp(), 1, generator=self._random)
             tokens[active, step] = token[:, 0]
             log_mu[active, step] = log_probs.gather(1, token)[:, 0]
+            routed[active, step] = chosen
             ended = torch.isin(token[:, 0], stop_ids) & ~stopped[active]
             stopped[active[ended]], lengths[active[ended]] = True, step + 1
             going = (~stopped[active]).nonzero()[:, 0]
@@ -149,9 +154,13 @@ class Sampler:
             if len(going) <= len(active) // 2:  # leave finished ones behind
                 active, token, cache = active[going], token[going], [tensor[going] for tensor in cache]
             logits = self._head(self._hidden(token, length + step, cache)[:, 0])
+            chosen = self._last_chosen()
         return [
             Response(
-                tokens[i, :n].numpy().astype(np.int32), log_mu[i, :n].numpy(), FINISH_STOP if ends else FINISH_LENGTH
+                tokens[i, :n].numpy().astype(np.int32),
+                log_mu[i, :n].numpy(),
+                FINISH_STOP if ends else FINISH_LENGTH,
+                routed[i, :n].numpy(),
             )
             for i, (n, ends) in enumerate(zip(lengths.tolist(), stopped.tolist(), strict=True))
         ]
@@ -172,6 +181,7 @@ class Sampler:
 
     def _hidden(self, ids: Tensor, past: int, cache: list[Tensor]) -> Tensor:
         """Final hidden states [B, T, H] of tokens [B, T] at positions past, past + 1, ...; extends the cache."""
+        self._chosen = []
         x = F.embedding(ids, self._weights["embed_tokens.weight"])
         for layer in range(self._config["num_hidden_layers"]):
             name = f"layers.{layer}"
@@ -179,6 +189,10 @@ class Sampler:
             x = x + self._attention(normed, f"{name}.self_attn", past, cache[2 * layer], cache[2 * layer + 1])
             x = x + self._experts(self._norm(x, f"{name}.post_attention_layernorm"), f"{name}.mlp")
         return self._norm(x, "norm")
+
+    def _last_chosen(self) -> Tensor:
+        """Experts of the last position of the last forward pass, [B, layers, experts a token] int16."""
+        return torch.stack([chosen[:, -1] for chosen in self._chosen], 1).to(torch.int16)
 
     def _head(self, hidden: Tensor) -> Tensor:
         name = "embed_tokens.weight" if self._config["tie_word_embeddings"] else "lm_head.weight"
@@ -226,6 +240,7 @@ class Sampler:
             noise = torch.randn(logits.shape, generator=self._random)
             logits = logits + self._perturbation.router_noise * noise
         probs, chosen = logits.softmax(-1).topk(self._config["num_experts_per_tok"], -1)
+        self._chosen.append(chosen.view(*x.shape[:2], -1))
         if self._config["norm_topk_prob"]:
             probs = probs / probs.sum(-1, keepdim=True)
         shares = torch.zeros_like(logits).scatter_(1, chosen, probs)

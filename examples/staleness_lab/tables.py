@@ -30,6 +30,7 @@ FIGURES: dict[str, tuple[str, Figure]] = {
     "best": ("best accuracy", lambda outcome: outcome.best),
     "log_w_abs": ("mean |log W|", _mean_of("log_w_abs")),
     "kl_per_token": ("KL a token", _mean_of("kl_per_token")),
+    "router_flips": ("flipped experts", _mean_of("router_flip_rate")),
     "ess_w": ("ESS of W", _mean_of("ess_w")),
     "ess_phi": ("ESS of kappa", _mean_of("ess_phi")),
     "phi_mean": ("mean kappa", _mean_of("phi_mean")),

@@ -129,7 +129,7 @@ def _of_tokens(tokens: Tokens, divergence: Doubles, token_limit: float) -> Figur
     counts = np.bincount(np.searchsorted(borders, tokens.staleness), minlength=len(STALENESS_BUCKETS))
     fresh = tokens.staleness == 0
     number = outliers(tokens, token_limit, 0)[0]
-    flips = tokens.router_flips
+    flips = np.zeros(0) if tokens.router_flips is None else tokens.router_flips[~np.isnan(tokens.router_flips)]
     return {
         **{
             f"staleness_{name}_share": float(count / len(tokens))
@@ -138,7 +138,7 @@ def _of_tokens(tokens: Tokens, divergence: Doubles, token_limit: float) -> Figur
         "kl_fresh": float(divergence[fresh].mean()) if fresh.any() else None,
         "outlier_tokens": float(number),
         "outlier_share": number / len(tokens),
-        **({} if flips is None else {"router_flip_rate": float(flips.mean())}),
+        **({"router_flip_rate": float(flips.mean())} if len(flips) else {}),
     }
 
 

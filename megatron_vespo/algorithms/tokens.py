@@ -26,7 +26,8 @@ class Tokens:
         staleness: Optimizer steps between the weights that sampled the token and the policy, [T].
         after_push: Whether weights were pushed within the response before this token, [T].
         lengths: Tokens of each sample, [S]; they may be 0.
-        router_flips: Share of the token's experts that trainer and sampler chose differently, [T]; None: not known.
+        router_flips: Share of the token's experts that trainer and sampler chose differently, [T]; NaN where the
+            sampler's are not known, None where nothing is.
     """
 
     log_mu: FloatArray
@@ -76,6 +77,7 @@ def gather_tokens(
     log_pi: Sequence[FloatArray],
     entropy: Sequence[FloatArray],
     policy_version: int,
+    router_flips: Sequence[FloatArray] | None = None,
 ) -> Tokens:
     """The tokens of some samples.
 
@@ -85,6 +87,7 @@ def gather_tokens(
         log_pi: What the trainer says of them.
         entropy: Of its policy there.
         policy_version: Version of that policy.
+        router_flips: Of each one's tokens, where compared.
     """
     versions = _joined([sample.weight_versions for sample in samples], np.int64)
     lengths = np.array([len(sample.response_ids) for sample in samples], np.int64)
@@ -96,6 +99,7 @@ def gather_tokens(
         policy_version - versions,
         versions > np.repeat(first, lengths),
         lengths,
+        None if router_flips is None else _joined(router_flips, np.float32),
     )
 
 

@@ -25,7 +25,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_vespo.types import Sample
+from megatron_vespo.types import UNKNOWN_EXPERT, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class PackedBatch:
         indices: Number of each sample in the global minibatch, [S] int64.
         log_old: Log-probabilities under the policy that began the step, [R] float32; None if the samples have none.
         log_ref: Under the reference policy, [R] float32; None if the samples have none.
+        routed_experts: Experts that the sampler chose, [R, layers, experts a token] int16, negative where that is not
+            known; None if it is known of no sample of the global minibatch.
     """
 
     tokens: Tensor
@@ -61,6 +63,7 @@ class PackedBatch:
     indices: Tensor
     log_old: Tensor | None
     log_ref: Tensor | None
+    routed_experts: Tensor | None
 
     @property
     def num_samples(self) -> int:
@@ -108,6 +111,7 @@ def pack(
         given = [array for array in arrays if array is not None]
         return tensor(_joined(given), np.float32) if given and len(given) == len(arrays) else None
 
+    routed = _routed_experts(samples, chosen)
     ranges = [np.arange(length) for length in (*lengths, total - filled)]
     rows = [np.arange(stop - size, stop) for stop, size in zip(stops, responses, strict=True)]
     return PackedBatch(
@@ -125,11 +129,24 @@ def pack(
         indices=tensor(np.array(order), np.int64),
         log_old=optional([sample.log_old for sample in chosen]),
         log_ref=optional([sample.log_ref for sample in chosen]),
+        routed_experts=None if routed is None else tensor(routed, np.int16),
     )
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0)
+
+
+def _routed_experts(samples: Sequence[Sample], chosen: Sequence[Sample]) -> np.ndarray | None:
+    shape = next((s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None), None)
+    if shape is None:
+        return None
+    lengths = [len(sample.response_ids) for sample in chosen]
+    experts = np.full((sum(lengths), *shape), UNKNOWN_EXPERT, np.int16)
+    for sample, stop, size in zip(chosen, np.cumsum(lengths, dtype=np.int64), lengths, strict=True):
+        if sample.routed_experts is not None:
+            experts[stop - size : stop] = sample.routed_experts
+    return experts
 
 
 def _segments(lengths: Sequence[int], total: int, device: torch.device) -> PackedSeqParams:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from megatron_vespo.policy.objectives import Objective
 from megatron_vespo.policy.optimizer import Optimizer, build_optimizer, build_scheduler, mark_experts
 from megatron_vespo.policy.packing import PackedBatch, pack
 from megatron_vespo.policy.reference import HostWeights
+from megatron_vespo.policy.router_flips import FlipCounter, flip_shares
 from megatron_vespo.policy.router_losses import take_router_losses
 from megatron_vespo.types import FloatArray, Sample
 
@@ -130,7 +131,7 @@ class Policy:
             objective: Loss.
 
         Returns:
-            Figures of all samples and their tokens.
+            Figures of all samples and their tokens, router flips among them if a sample says how it was routed.
 
         Raises:
             UserError: Log-probabilities of a sample are NaN or infinite; on every rank.
@@ -143,7 +144,8 @@ class Policy:
         # gradients by the data-parallel size (distributed/distributed_data_parallel.py:212). The objective has divided
         # by the size of the global minibatch already, so both are undone here.
         scale = len(plan) * parallel.data_parallel_size()
-        sums = Sums(samples, len(objective.columns) + 1)
+        routed = any(sample.routed_experts is not None for sample in samples)
+        sums = Sums(samples, len(objective.columns) + 1, flips=routed)
 
         def finish(batch: PackedBatch, logprobs: TokenLogProbs) -> Tensor:
             loss, columns = objective(batch, logprobs)
@@ -159,9 +161,13 @@ class Policy:
             trains=objective.trains,
             forward_only=False,
             entropy_gradient=objective.needs_entropy_gradient,
+            flips=FlipCounter(self.chunks, sums) if routed else None,
         )
         self._router_losses = take_router_losses(self.chunks[0].config, len(plan))
         rows, tokens = sums.over_ranks()
+        if tokens.router_flips is not None:
+            shares = flip_shares(samples, tokens.router_flips, self.chunks[0].config)
+            tokens = replace(tokens, router_flips=shares)
         return Measured(checked_table(rows, objective.columns, samples), tokens)
 
     def log_probs(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]]) -> list[FloatArray]:
@@ -253,6 +259,7 @@ class Policy:
         forward_only: bool,
         entropy_gradient: bool = False,
         temperature: float | None = None,
+        flips: FlipCounter | None = None,
     ) -> None:
         """Run the microbatches through the pipeline; ``finish`` is called on its last stage."""
         temperature = self._temperature if temperature is None else temperature
@@ -263,14 +270,15 @@ class Policy:
 
         def forward_step(iterator: Iterator[PackedBatch], ddp: Any) -> tuple[Any, Any]:
             batch = next(iterator)
-            output = ddp(
-                input_ids=batch.tokens.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                attention_mask=None,
-                packed_seq_params=batch.packed_seq_params,
-                padding_mask=self._padding_mask(batch, ddp),
-                output_processor=log_prob_head(batch, self._vocab_size, temperature, entropy_gradient),
-            )
+            with nullcontext() if flips is None else flips.during(batch):
+                output = ddp(
+                    input_ids=batch.tokens.unsqueeze(0),
+                    position_ids=batch.positions.unsqueeze(0),
+                    attention_mask=None,
+                    packed_seq_params=batch.packed_seq_params,
+                    padding_mask=self._padding_mask(batch, ddp),
+                    output_processor=log_prob_head(batch, self._vocab_size, temperature, entropy_gradient),
+                )
             return output, partial(loss_of, batch)
 
         def loss_of(batch: PackedBatch, logprobs: TokenLogProbs) -> tuple[Tensor, None]:

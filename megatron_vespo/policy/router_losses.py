@@ -24,7 +24,7 @@ def router_loss_names(config: TransformerConfig) -> list[str]:
     return names + ([_Z_LOSS] if config.moe_z_loss_coeff else [])
 
 
-def _router_layers(config: TransformerConfig) -> int:
+def router_layers(config: TransformerConfig) -> int:
     """Layers with experts."""
     frequency = config.moe_layer_freq
     return -(-config.num_layers // frequency) if isinstance(frequency, int) else sum(frequency)
@@ -48,5 +48,5 @@ def take_router_losses(config: TransformerConfig, num_microbatches: int) -> dict
             replicas = parallel.data_parallel_size() if entry.needs_dp_avg else 1
             sums[number] = entry.values.sum() / (copies * replicas)
     tracker.clear()
-    sums = parallel.all_reduce_sum(sums) / (_router_layers(config) * num_microbatches)
+    sums = parallel.all_reduce_sum(sums) / (router_layers(config) * num_microbatches)
     return dict(zip(names, sums.tolist(), strict=True))

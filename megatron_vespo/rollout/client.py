@@ -43,6 +43,7 @@ class SGLangClient:
         unpushed_version: What the weights that the server started with count as; None: generating before a push is an
             error.
         api_key: The server's, if it has one.
+        routing: Layers of the model and experts a token: ask which were chosen. None: do not.
 
     All methods raise :class:`ServerError` naming the address, the route and what the server said, and
     :class:`ServerGoneError` if the connection fails.
@@ -57,11 +58,13 @@ class SGLangClient:
         timeout: float = 3600.0,
         unpushed_version: int | None = None,
         api_key: str | None = None,
+        routing: tuple[int, int] | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.vocab_size = vocab_size
         self._unpushed_version = unpushed_version
         self._headers = headers(api_key)
+        self._routing = routing
         self._slots = asyncio.Semaphore(max_concurrent)
         self._info: ServerInfo | None = None
         self._asking = asyncio.Lock()
@@ -93,8 +96,10 @@ class SGLangClient:
         limit = sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
         protocol.check_ids(ids, self.vocab_size, self.base_url)
         protocol.check_length(len(ids), limit, await self.limits(), self.base_url)
-        answer = await self._send(protocol.generate_request(ids, sampling, limit, seed, cache_key))
-        return protocol.parse_generation(self.base_url, answer, self._unpushed_version)
+        request = protocol.generate_request(ids, sampling, limit, seed, cache_key, self._routing is not None)
+        return protocol.parse_generation(
+            self.base_url, await self._send(request), self._unpushed_version, self._routing
+        )
 
     async def score(self, input_ids: TokenIds, start: int) -> FloatArray:
         """Log-probs (nats, temperature 1) of ``input_ids[start:]``, shape [len(input_ids) - start]; ``start`` >= 1."""

@@ -87,6 +87,7 @@ async def generate_group(
             sample.reward = await scorer.score(sample)
         except RewardFailure as failure:
             sample.reward_error = str(failure)
+        sample.routed_experts = generation.routed_experts  # only now: reward functions need not be sent it
         finished.append(sample)
 
     there = {sample.index for sample in finished}

@@ -5,6 +5,7 @@ No network here. :mod:`client` sends these asynchronously (generation), :mod:`co
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +16,15 @@ import numpy as np
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.sampling import SamplingParams
-from megatron_vespo.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, FloatArray, IntArray
+from megatron_vespo.types import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    UNKNOWN_EXPERT,
+    ExpertArray,
+    FloatArray,
+    IntArray,
+)
 
 # SGLang keeps two tokens of the context for itself and silently generates fewer tokens rather than refuse.
 RESERVED_CONTEXT_TOKENS = 2
@@ -65,12 +74,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the server sampled: token ids, log-probs (nats) and weight versions, all of shape [R]; R may be 0."""
+    """What the server sampled: token ids, log-probs (nats) and weight versions, all of shape [R]; R may be 0.
+
+    ``routed_experts`` as of ``Sample``; None: not asked for.
+    """
 
     response_ids: IntArray
     log_mu: FloatArray
     weight_versions: IntArray
     finish_reason: str
+    routed_experts: ExpertArray | None = None
 
     def __add__(self, rest: Generation) -> Generation:
         """This part followed by its continuation."""
@@ -79,6 +92,9 @@ class Generation:
             np.concatenate([self.log_mu, rest.log_mu]),
             np.concatenate([self.weight_versions, rest.weight_versions]),
             rest.finish_reason,
+            None
+            if self.routed_experts is None or rest.routed_experts is None
+            else np.concatenate([self.routed_experts, rest.routed_experts]),
         )
 
 
@@ -96,6 +112,7 @@ class ServerInfo:
         tensor_parallel_size: Processes that hold its weights.
         weight_loaders: Import paths of the weight loaders that it was started with.
         deterministic: Whether a request's seed determines its response.
+        returns_routed_experts: Whether it says which experts it chose.
     """
 
     context_length: int
@@ -107,6 +124,7 @@ class ServerInfo:
     tensor_parallel_size: int
     weight_loaders: tuple[str, ...]
     deterministic: bool
+    returns_routed_experts: bool = False
 
 
 READY = Request("/ready", method="GET")
@@ -128,10 +146,13 @@ def generate_request(
     max_new_tokens: int,
     seed: int | None = None,
     cache_key: str | None = None,
+    routed_experts: bool = False,
 ) -> Request:
     """Sample one response, with log-probs. ``seed`` is for servers with deterministic inference; others ignore it."""
     params = sampling.body(max_new_tokens) | ({} if seed is None else {"sampling_seed": seed})
     body = {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True}
+    if routed_experts:  # from the last token of the prompt on, whose forward pass gives the first one sampled
+        body |= {"return_routed_experts": True, "routed_experts_start_len": len(input_ids) - 1}
     return Request("/generate", body | ({} if cache_key is None else {"extra_key": cache_key}))
 
 
@@ -209,19 +230,27 @@ def parse_info(answers: Sequence[Any]) -> ServerInfo:
         tensor_parallel_size=server["tp_size"],
         weight_loaders=tuple(server.get("custom_weight_loader") or ()),
         deterministic=bool(server.get("enable_deterministic_inference")),
+        returns_routed_experts=bool(server.get("enable_return_routed_experts")),
     )
 
 
-def parse_generation(url: str, answer: dict[str, Any], unpushed_version: int | None = None) -> Generation:
+def parse_generation(
+    url: str,
+    answer: dict[str, Any],
+    unpushed_version: int | None = None,
+    routing: tuple[int, int] | None = None,
+) -> Generation:
     """Check and convert the answer to a ``/generate``.
 
     Args:
         url: Address of the server.
         answer: What it said.
         unpushed_version: As of :func:`parse_version`.
+        routing: Layers of the model and experts a token, where it was asked which were chosen.
 
     Raises:
-        ServerError: not one finite log-prob a token, weight versions that do not cover all tokens or are no integers.
+        ServerError: not one finite log-prob a token, weight versions that do not cover all tokens or are no integers,
+            experts of other tokens.
     """
     where, meta = f"{url}/generate", answer["meta_info"]
     ids = answer["output_ids"]
@@ -234,11 +263,13 @@ def parse_generation(url: str, answer: dict[str, Any], unpushed_version: int | N
     reason = (meta["finish_reason"] or {}).get("type")
     if reason not in (FINISH_STOP, FINISH_LENGTH, FINISH_ABORT):
         raise ServerError(f"{where}: unknown finish reason {meta['finish_reason']}")
+    versions = _token_versions(where, meta.get("weight_versions"), len(ids), unpushed_version)
     return Generation(
         np.asarray(ids, np.int32),
         np.asarray(log_mu, np.float32),
-        _token_versions(where, meta.get("weight_versions"), len(ids), unpushed_version),
+        versions,
         reason,
+        None if routing is None else _routed_experts(where, meta.get("routed_experts"), versions, routing),
     )
 
 
@@ -283,6 +314,20 @@ def _token_versions(
     if end != count:
         raise ServerError(f"{where}: weight version spans {spans} do not cover the {count} tokens")
     return versions
+
+
+def _routed_experts(where: str, encoded: str | None, versions: IntArray, routing: tuple[int, int]) -> ExpertArray:
+    """[R, layers, experts a token] from base64 of int32; an answer without them says nothing of any token."""
+    shape = (len(versions), *routing)
+    if not encoded:
+        return np.full(shape, UNKNOWN_EXPERT, np.int16)
+    chosen = np.frombuffer(base64.b64decode(encoded), np.int32)
+    if chosen.size != math.prod(shape):
+        raise ServerError(f"{where}: {chosen.size} chosen experts, not {' x '.join(map(str, shape))}")
+    experts = chosen.reshape(shape).astype(np.int16)
+    # A push may have had the tokens before it computed again, and SGLang keeps the experts of the last time.
+    experts[versions != versions[-1]] = UNKNOWN_EXPERT
+    return experts
 
 
 def _message(answer: Any) -> str:

@@ -39,8 +39,15 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
             from megatron_vespo.sglang_cpu import determinism  # the sampler's modules, which take a second to import
 
             determinism.register()
+        if server_args.enable_return_routed_experts:
+            register = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
+            HookRegistry.register(register, _pin_nothing, HookType.REPLACE)
         HookRegistry.apply_hooks()
 
 
 def _use_fork(result: Any, *args: Any, **kwargs: Any) -> None:
     multiprocessing.set_start_method("fork", force=True)
+
+
+def _pin_nothing(buffer: Any, registration_granularity_bytes: int | None = None) -> None:
+    """SGLang pins the buffer of chosen experts (state_capturer/base.py:68) by CUDA, whatever the device."""

@@ -79,6 +79,10 @@ def test_figures_by_sign_and_length() -> None:
     assert "router_flip_rate" not in figures
     known = replace(make_tokens(), router_flips=np.full(73, 0.25, np.float32))
     assert summarize(known)["router_flip_rate"] == 0.25
+    partly = replace(make_tokens(), router_flips=np.array([0.5] + [np.nan] * 72, np.float32))
+    assert summarize(partly)["router_flip_rate"] == 0.5
+    nowhere = replace(make_tokens(), router_flips=np.full(73, np.nan, np.float32))
+    assert "router_flip_rate" not in summarize(nowhere)
     assert summarize(make_tokens(), log_w_limit=None)["clamp_share"] is None
 
 

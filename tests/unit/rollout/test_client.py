@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import math
 import socket
 import threading
@@ -16,6 +17,7 @@ from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.protocol import Generation, ServerError, ServerGoneError, TensorList
 from megatron_vespo.rollout.sampling import SamplingParams
+from megatron_vespo.types import UNKNOWN_EXPERT
 
 SAMPLING = SamplingParams(10)
 
@@ -31,6 +33,36 @@ def test_ids_log_probs_and_versions_come_back() -> None:
     assert response.log_mu.tolist() == [-1, -2, -3] and response.log_mu.dtype == np.float32
     assert response.weight_versions.tolist() == [3, 4, 4] and response.weight_versions.dtype == np.int32
     assert response.finish_reason == "length"
+
+
+def routed(
+    experts: np.ndarray | None, spans: list[dict[str, Any]] | None = None, requests: Requests | None = None
+) -> Any:
+    result = answer([7, 8, 9], spans=spans)
+    if experts is not None:
+        result["meta_info"]["routed_experts"] = base64.b64encode(experts.astype(np.int32).tobytes()).decode()
+    generation = with_client(
+        lambda body: result, lambda client: client.generate([1, 2, 3, 4], SAMPLING), requests, routing=(2, 2)
+    )
+    return generation.routed_experts
+
+
+def test_chosen_experts_come_back() -> None:
+    experts = np.arange(12).reshape(3, 2, 2)
+    requests: Requests = []
+    found = routed(experts, requests=requests)
+    assert found.dtype == np.int16 and found.tolist() == experts.tolist()
+    assert requests[0]["return_routed_experts"] is True and requests[0]["routed_experts_start_len"] == 3
+    assert generate(answer([7])).routed_experts is None
+    assert (routed(None) == UNKNOWN_EXPERT).all() and routed(None).shape == (3, 2, 2)
+    with pytest.raises(ServerError, match="8 chosen experts, not 3 x 2 x 2"):
+        routed(experts[:2])
+
+
+def test_what_a_push_may_have_had_computed_again_is_not_known() -> None:
+    spans = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 3}]
+    found = routed(np.arange(12).reshape(3, 2, 2), spans)
+    assert (found[:2] == UNKNOWN_EXPERT).all() and found[2].tolist() == [[8, 9], [10, 11]]
 
 
 def test_weights_that_nobody_pushed_have_the_version_they_are_said_to_have() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.hf_reference import routed_experts_in_this_process
 from tests.host_syncs import count_host_syncs
 from tests.policies import make_plan, make_policy, random_samples
 from tests.ranks import run_ranks
-from tests.tiny_families import make_tiny
+from tests.tiny_deepseek import make_tiny_sigmoid_moe
 from tests.tiny_models import EOS_ID, make_tiny_qwen3_moe
 
 LAYERS, EXPERTS, CHOSEN = 4, 6, 2
@@ -94,6 +95,13 @@ def by_transformers(folder: Path, samples: Sequence[Sample]) -> list[FloatArray]
     return shares
 
 
+@pytest.fixture(scope="module")
+def noisy(folder: Path) -> tuple[list[Sample], list[FloatArray]]:
+    """Samples whose sampler's router had noise, and their flips."""
+    samples = draw(folder, Perturbation(router_noise=0.5))
+    return samples, by_transformers(folder, samples)
+
+
 def test_without_mismatch_nothing_flips(folder: Path) -> None:
     samples = draw(folder, Perturbation())
     (found,) = run_ranks(1, flips, folder, samples, {})
@@ -101,28 +109,24 @@ def test_without_mismatch_nothing_flips(folder: Path) -> None:
     assert all((values == 0).all() for values in found)
 
 
-def test_flips_are_those_counted_by_hand(folder: Path) -> None:
-    samples = draw(folder, Perturbation(router_noise=0.5))
+def test_flips_are_those_counted_by_hand(folder: Path, noisy: tuple[list[Sample], list[FloatArray]]) -> None:
+    samples, expected = noisy
     (found,) = run_ranks(1, flips, folder, samples, {})
-    expected = by_transformers(folder, samples)
     assert 0.05 < np.concatenate(expected).mean() < 0.6
     for values, shares in zip(found, expected, strict=True):
         np.testing.assert_array_equal(values, shares)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_counts_the_same(folder: Path, layout: str) -> None:
-    samples = draw(folder, Perturbation(router_noise=0.5))
-    size, megatron = LAYOUTS[layout]
-    expected = by_transformers(folder, samples)
+def test_every_layout_counts_the_same(folder: Path, noisy: tuple[list[Sample], list[FloatArray]], layout: str) -> None:
+    (samples, expected), (size, megatron) = noisy, LAYOUTS[layout]
     for found in run_ranks(size, flips, folder, samples, megatron, **megatron):
         for values, shares in zip(found, expected, strict=True):
             np.testing.assert_array_equal(values, shares)
 
 
-def test_what_is_not_known_is_not_counted(folder: Path) -> None:
-    samples = draw(folder, Perturbation(router_noise=0.5))
-    expected = by_transformers(folder, samples)
+def test_what_is_not_known_is_not_counted(folder: Path, noisy: tuple[list[Sample], list[FloatArray]]) -> None:
+    samples, expected = deepcopy(noisy)
     partly = max(range(len(samples)), key=lambda i: len(samples[i].response_ids))
     other = (partly + 1) % len(samples)
     experts = samples[partly].routed_experts
@@ -137,28 +141,28 @@ def test_what_is_not_known_is_not_counted(folder: Path) -> None:
     assert run_ranks(1, flips, folder, unknown, {}) == [None]
 
 
-def dense_first(folder: Path, samples: Sequence[Sample]) -> list[FloatArray] | None:
+def flips_of_next_token(folder: Path, samples: Sequence[Sample]) -> list[FloatArray] | None:
     policy = make_policy(folder, {})
-    plan = make_plan(samples, 40)
-    return policy.forward_backward(samples, plan, NextToken(denominators(samples))).tokens.router_flips
+    return policy.forward_backward(
+        samples, make_plan(samples, 40), NextToken(denominators(samples))
+    ).tokens.router_flips
 
 
 def test_layers_without_experts_are_left_out(tmp_path: Path) -> None:
-    """Their rows hold whatever the sampler says; the share is of the layers that choose."""
-    folder = make_tiny(tmp_path / "model", "deepseek_v3")
+    """The share is of the layers that choose: with a choice that cannot be right in any of them, all of it."""
+    folder = make_tiny_sigmoid_moe(tmp_path / "model", "deepseek_v3", num_layers=3)
     facts = json.loads((folder / "config.json").read_text())
-    shape = facts["num_hidden_layers"], facts["num_experts_per_tok"]
-    assert 0 < facts["first_k_dense_replace"] < shape[0]
+    layers, dense, chosen = (
+        facts[name] for name in ("num_hidden_layers", "first_k_dense_replace", "num_experts_per_tok")
+    )
+    assert 0 < dense < layers
     samples = random_samples(6, facts["vocab_size"])
-    # No expert of this number: every choice is flipped.
-    for sample in samples:
-        sample.routed_experts = np.zeros((len(sample.response_ids), *shape), np.int16)
-    (found,) = run_ranks(1, dense_first, folder, samples)
-    shares = np.concatenate(found)
-    # Expert 0 throughout: in a layer either all of the sampler's slots hold it or none is right.
-    layers = (1 - shares) * (shape[0] - facts["first_k_dense_replace"])
-    np.testing.assert_allclose(layers, layers.round(), atol=1e-5)
-    assert shares.min() < 1 and shares.max() == 1
+    for sample in samples:  # one expert throughout, which a router chooses or not
+        sample.routed_experts = np.zeros((len(sample.response_ids), layers, chosen), np.int16)
+    (found,) = run_ranks(1, flips_of_next_token, folder, samples)
+    flipped = np.concatenate(found) * (layers - dense)
+    np.testing.assert_allclose(flipped, flipped.round(), atol=1e-5)
+    assert flipped.max() == layers - dense
 
 
 def waits(folder: Path, samples: Sequence[Sample]) -> int:

@@ -82,6 +82,8 @@ def test_a_run_is_recorded_update_by_update(swept: tuple[Grid, Path]) -> None:
             if age == 0
         ]
         assert max(fresh) < 1e-4
+        flips = outcome.history["router_flip_rate"]
+        assert all(rate is not None and rate < 0.5 for rate in flips) and flips[0] == 0
         assert min(outcome.history["grad_norm"]) >= 0 and outcome.history["entropy"][0] > 0.1
 
 

@@ -26,7 +26,7 @@ def main() -> None:
         return record
 
     logging.setLogRecordFactory(make_record_without_key)
-    sys.argv += ["--api-key", key]
+    sys.argv.append(f"--api-key={key}")  # in one piece: a key may begin with a dash
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

@@ -167,20 +167,21 @@ class HealthPanel:
         number, places = outliers(tokens, self._settings.token_limit, self._settings.tokens_written)
         if not number:
             return
+        whose, where = tokens.sample_index, tokens.position
         record = {
             "step": step,
             "limit": self._settings.token_limit,
             "tokens_beyond": number,
-            "tokens": [self._describe(tokens, place) for place in places],
+            "tokens": [self._describe(tokens, place, int(whose[place]), int(where[place])) for place in places],
             "evidence": None if evidence is None else dataclasses.asdict(evidence),
         }
         self._folder.mkdir(exist_ok=True)
         text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
         atomic_write(self._folder / f"step_{step:06d}.json", text)
 
-    def _describe(self, tokens: Tokens, place: int) -> dict[str, Any]:
-        number = int(np.searchsorted(np.cumsum(tokens.lengths), place, side="right"))
-        sample, position = self._samples[number], place - int(tokens.lengths[:number].sum())
+    def _describe(self, tokens: Tokens, place: int, number: int, position: int) -> dict[str, Any]:
+        """The token at a place of all, which is one of a sample's."""
+        sample = self._samples[number]
         ids = sample.response_ids.tolist()
         return {
             "sample": sample.name,

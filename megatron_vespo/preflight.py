@@ -28,7 +28,6 @@ from megatron_vespo.algorithms.forecast import (
     observed_weight,
 )
 from megatron_vespo.algorithms.tokens import Tokens, gather_tokens
-from megatron_vespo.batching import MicrobatchPlan
 from megatron_vespo.config import PreflightSection
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_write
@@ -52,8 +51,8 @@ class Rollouts(Protocol):
 class Planner(Protocol):
     """Who plans microbatches."""
 
-    def plan(self, samples: Sequence[Sample]) -> MicrobatchPlan:
-        """Microbatches for all data-parallel ranks."""
+    def rank_plan(self, samples: Sequence[Sample]) -> Sequence[Sequence[int]]:
+        """Microbatches for this rank."""
         ...
 
 
@@ -193,7 +192,7 @@ class Preflight:
             samples = self._sample()
             if not any(len(sample.response_ids) for sample in samples):  # asked to stop, or nothing was said
                 return
-            plan = schedule.plan(samples).ranks[parallel.data_parallel_rank()]
+            plan = schedule.rank_plan(samples)
             scores = policy.score(samples, plan)
             tokens = gather_tokens(
                 samples, [sample.log_mu for sample in samples], scores.log_pi, scores.entropy, policy_version

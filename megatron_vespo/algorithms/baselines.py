@@ -22,12 +22,19 @@ class NoParams:
     """A method without parameters."""
 
 
-def require_nonnegative(params: object) -> None:
-    """Raise a ``UserError`` that names the parameter which is negative or NaN."""
-    for item in fields(params):  # type: ignore[arg-type]
-        value = getattr(params, item.name)
-        if not value >= 0:
-            raise UserError(f"{item.name} must be a number >= 0, got {value}")
+@dataclass(frozen=True, slots=True)
+class NonnegativeParams:
+    """Base of parameters that are numbers >= 0.
+
+    Raises:
+        UserError: One is negative or NaN; names it.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not value >= 0:
+                raise UserError(f"{item.name} must be a number >= 0, got {value}")
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def rloo(ratios: Ratios, params: NoParams) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ClipParams:
+class ClipParams(NonnegativeParams):
     """Parameters of the clipped objectives.
 
     Attributes:
@@ -65,7 +72,7 @@ class ClipParams:
     dual_clip: float = math.inf
 
     def __post_init__(self) -> None:
-        require_nonnegative(self)
+        NonnegativeParams.__post_init__(self)  # super() does not find the class that slots made anew
         if not self.dual_clip > 1:
             raise UserError(f"dual_clip must be above 1, or .inf for none, got {self.dual_clip}")
 
@@ -129,14 +136,11 @@ def gspo(ratios: Ratios, params: ClipParams) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class SapoParams:
+class SapoParams(NonnegativeParams):
     """Steepness of the soft gate of SAPO, for positive and for negative advantages."""
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
-
-    def __post_init__(self) -> None:
-        require_nonnegative(self)
 
 
 @weight_kernel("sapo", SapoParams, aggregation=Aggregation.SEQ_MEAN_TOKEN_MEAN)
@@ -152,14 +156,11 @@ def sapo(ratios: Ratios, params: SapoParams) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class CispoParams:
+class CispoParams(NonnegativeParams):
     """Range that CISPO's weight is clipped to, [1 - eps_low, 1 + eps_high]; no lower limit by default."""
 
     eps_low: float = 1.0
     eps_high: float = 4.0
-
-    def __post_init__(self) -> None:
-        require_nonnegative(self)
 
 
 @weight_kernel("cispo", CispoParams)
@@ -169,16 +170,13 @@ def cispo(ratios: Ratios, params: CispoParams) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ToprParams:
+class ToprParams(NonnegativeParams):
     """Ranges that TOPR clips W to, by the sign of the advantage."""
 
     pos_low: float = 1.0
     pos_high: float = 1.0
     neg_low: float = 0.0
     neg_high: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_nonnegative(self)
 
 
 @weight_kernel("topr", ToprParams, normalize_std=False, aggregation=Aggregation.SEQ_MEAN_TOKEN_SUM)
@@ -192,13 +190,10 @@ def topr(ratios: Ratios, params: ToprParams) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class M2poParams:
+class M2poParams(NonnegativeParams):
     """Limit of the second moment of the log ratio (nats^2)."""
 
     tau: float = 0.04
-
-    def __post_init__(self) -> None:
-        require_nonnegative(self)
 
 
 def _may_be_clipped(log_ratio: Tensor, advantages: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vespo.algorithms.baselines import bounded_exp, require_nonnegative
+from megatron_vespo.algorithms.baselines import NonnegativeParams, bounded_exp
 from megatron_vespo.algorithms.weights import Ratios, correction
 
 
@@ -20,13 +20,10 @@ def _log_ratio(ratios: Ratios) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class CapParams:
+class CapParams(NonnegativeParams):
     """Largest ratio."""
 
     cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        require_nonnegative(self)
 
 
 @correction("tis", CapParams)
@@ -36,14 +33,11 @@ def tis(ratios: Ratios, params: CapParams) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class IcepopParams:
+class IcepopParams(NonnegativeParams):
     """Range of ratios that are kept."""
 
     low: float = 0.5
     high: float = 5.0
-
-    def __post_init__(self) -> None:
-        require_nonnegative(self)
 
 
 @correction("icepop", IcepopParams)

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from megatron_vespo.algorithms.importance import SMALL_PHI, effective_sample_size
+from megatron_vespo.algorithms.importance import summarize
 from megatron_vespo.algorithms.tokens import Bools, Doubles, Tokens
 
 Figures = dict[str, float | None]
@@ -35,6 +35,8 @@ STALENESS_BUCKETS: tuple[tuple[str, float], ...] = (
     ("64_more", math.inf),
 )
 QUANTILES: tuple[tuple[str, float], ...] = (("log_w_p05", 0.05), ("log_w_p50", 0.5), ("log_w_p95", 0.95))
+# Fields of importance.WeightSummary that buckets of lengths have.
+HEARD = ("ess_w", "ess_phi", "phi_mean", "phi_small_share")
 # exp() of more is never formed.
 _LARGEST = 80.0
 
@@ -109,16 +111,9 @@ def _of_group(
 
 def _heard(suffix: str, log_w: Doubles, phi: Doubles) -> Figures:
     """How much of a group is heard."""
-    some = len(phi) > 0
-    with np.errstate(divide="ignore"):
-        log_phi = np.log(np.abs(phi))
-    return {
-        f"ess_w{suffix}": effective_sample_size(torch.from_numpy(log_w)),
-        f"ess_phi{suffix}": effective_sample_size(torch.from_numpy(log_phi)),
-        f"phi_mean{suffix}": float(phi.mean()) if some else None,
-        f"phi_small_share{suffix}": float((phi < SMALL_PHI).mean()) if some else None,
-        f"samples{suffix}": float(len(phi)),
-    }
+    summary = summarize(torch.from_numpy(log_w), torch.from_numpy(phi))
+    figures: Figures = {f"{name}{suffix}": getattr(summary, name) for name in HEARD}
+    return figures | {f"samples{suffix}": float(len(phi))}
 
 
 def _of_tokens(tokens: Tokens, divergence: Doubles, token_limit: float) -> Figures:

@@ -138,12 +138,13 @@ def summarize_weights(log_w: Tensor, phi: Tensor, advantages: Tensor, n_tokens: 
     present = n_tokens > 0
 
     def of(selected: Tensor) -> WeightSummary:
-        return _summarize(log_w[selected], phi[selected])
+        return summarize(log_w[selected], phi[selected])
 
     return WeightSummaries(of(present), of(present & (advantages > 0)), of(present & (advantages < 0)))
 
 
-def _summarize(log_w: Tensor, phi: Tensor) -> WeightSummary:
+def summarize(log_w: Tensor, phi: Tensor) -> WeightSummary:
+    """The summary of samples with these log W (nats) and weights, both [S]."""
     if log_w.numel() == 0:
         return WeightSummary()
     log_w, phi = log_w.double(), phi.double()
@@ -154,7 +155,7 @@ def _summarize(log_w: Tensor, phi: Tensor) -> WeightSummary:
         log_w_abs_max=log_w.abs().max().item(),
         log_w_infinite_share=1 - finite.numel() / log_w.numel(),
         ess_w=effective_sample_size(log_w),
-        ess_phi=effective_sample_size(phi.log()),
+        ess_phi=effective_sample_size(phi.abs().log()),
         phi_mean=phi.mean().item(),
         phi_small_share=(phi < SMALL_PHI).double().mean().item(),
     )

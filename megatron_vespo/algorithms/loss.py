@@ -34,7 +34,7 @@ from megatron_vespo.algorithms.importance import (
     token_chunks,
     token_log_ratio,
 )
-from megatron_vespo.algorithms.weights import MAX_LOG_RATIO, Ratios, Weighting
+from megatron_vespo.algorithms.weights import MAX_LOG_RATIO, Ratios, Weighting, token_ratios
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +241,8 @@ def _share(n_tokens: Tensor, aggregation: Aggregation, denominators: Denominator
 def _chunk_ratios(
     chunk: PackedLogProbs, columns: dict[str, Tensor], advantages: Tensor, weighting: Weighting
 ) -> Ratios:
-    log_ratio = token_log_ratio(chunk.log_pi, chunk.log_mu)
-    old = chunk.log_old
     return Ratios(
-        log_ratio,
-        log_ratio if old is None else token_log_ratio(chunk.log_pi, old),
-        None if old is None else token_log_ratio(old, chunk.log_mu),
+        *token_ratios(chunk.log_pi, chunk.log_mu, chunk.log_old),
         chunk.sample_index,
         columns["log_w"],
         columns["log_drift"],

@@ -67,11 +67,19 @@ class Ratios:
     @property
     def token_advantages(self) -> Tensor:
         """Advantage of each token's sample, shape [T]."""
-        return self.advantages.index_select(0, self.sample_index)
+        return self.spread(self.advantages)
 
     def spread(self, values: Tensor) -> Tensor:
         """A number of each sample, shape [S], given to each of its tokens, shape [T]."""
         return values.index_select(0, self.sample_index)
+
+
+def token_ratios(log_pi: Tensor, log_mu: Tensor, log_old: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The ``log_ratio``, ``log_drift`` and ``log_mismatch`` of ``Ratios``, from log-probabilities of shape [T]."""
+    log_ratio = token_log_ratio(log_pi, log_mu)
+    if log_old is None:
+        return log_ratio, log_ratio, None
+    return log_ratio, token_log_ratio(log_pi, log_old), token_log_ratio(log_old, log_mu)
 
 
 def whole_ratios(
@@ -91,12 +99,11 @@ def whole_ratios(
         advantages: Shape [S].
     """
     size = len(advantages)
-    log_ratio = token_log_ratio(log_pi, log_mu)
-    log_drift = log_ratio if log_old is None else token_log_ratio(log_pi, log_old)
+    log_ratio, log_drift, log_mismatch = token_ratios(log_pi, log_mu, log_old)
     return Ratios(
         log_ratio,
         log_drift,
-        None if log_old is None else token_log_ratio(log_old, log_mu),
+        log_mismatch,
         sample_index,
         segment_sum(log_ratio, sample_index, size),
         segment_sum(log_drift, sample_index, size),

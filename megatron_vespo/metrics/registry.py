@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from megatron_vespo.algorithms.health import LENGTH_BUCKETS, STALENESS_BUCKETS
+from megatron_vespo.algorithms.health import HEARD, LENGTH_BUCKETS, STALENESS_BUCKETS
 from megatron_vespo.algorithms.importance import WeightSummaries
 
 
@@ -155,10 +155,7 @@ _HEALTH = (
     ("kl_k3", "nats", "KL per token from mu to pi, by the estimator that is never negative."),
 )
 _HEALTH_OF_LENGTHS = (
-    ("ess_w", "share", "Effective sample size of W, divided by the number of samples."),
-    ("ess_phi", "share", "Effective sample size of phi, divided by the number of samples."),
-    ("phi_mean", "", "Mean weight phi."),
-    ("phi_small_share", "share", "Share of samples with phi < 0.1."),
+    *((name, unit, text) for name, unit, _, text in _WEIGHT if name in HEARD),
     ("samples", "samples", "Number of samples."),
 )
 _HEALTH_OF_TOKENS = (

@@ -47,7 +47,7 @@ class PackedBatch:
         log_old: Log-probabilities under the policy that began the step, [R] float32; None if the samples have none.
         log_ref: Under the reference policy, [R] float32; None if the samples have none.
         routed_experts: Experts that the sampler chose, [R, layers, experts a token] int16, negative where that is not
-            known; None if it is known of no sample of the global minibatch.
+            known; None if it is not wanted, or known of no sample of the global minibatch.
     """
 
     tokens: Tensor
@@ -83,6 +83,7 @@ def pack(
     trains: Callable[[Sample], bool],
     alignment: int,
     device: torch.device,
+    routing: bool = False,
 ) -> PackedBatch:
     """Pack one microbatch.
 
@@ -92,6 +93,7 @@ def pack(
         trains: Whether a sample has a gradient.
         alignment: T is padded to a multiple of this (tensor-parallel size under sequence parallelism, 16 for FP8).
         device: Where the tensors go.
+        routing: Whether the sampler's experts are wanted.
     """
     order = sorted(indices, key=lambda i: not trains(samples[i]))  # stable
     chosen = [samples[i] for i in order]
@@ -111,7 +113,7 @@ def pack(
         given = [array for array in arrays if array is not None]
         return tensor(_joined(given), np.float32) if given and len(given) == len(arrays) else None
 
-    routed = _routed_experts(samples, chosen)
+    routed = _routed_experts(samples, chosen) if routing else None
     ranges = [np.arange(length) for length in (*lengths, total - filled)]
     rows = [np.arange(stop - size, stop) for stop, size in zip(stops, responses, strict=True)]
     return PackedBatch(

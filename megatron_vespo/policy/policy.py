@@ -264,7 +264,14 @@ class Policy:
         """Run the microbatches through the pipeline; ``finish`` is called on its last stage."""
         temperature = self._temperature if temperature is None else temperature
         batches = [
-            pack(samples, indices, trains=trains, alignment=self._alignment, device=platform.device())
+            pack(
+                samples,
+                indices,
+                trains=trains,
+                alignment=self._alignment,
+                device=platform.device(),
+                routing=flips is not None,
+            )
             for indices in plan
         ]
 

@@ -49,6 +49,9 @@ class ModelSection(Section):
     """`hf` loads the safetensors; `random` ignores them and draws new weights (pretraining)."""
     layer_spec: Literal["local", "transformer_engine"] = "local"
     """`local` is torch-native and runs anywhere; `transformer_engine` needs a GPU."""
+    fp8_scope: Literal["experts", "all"] = "experts"
+    """Where megatron.fp8 is on: in the experts' matrix products alone, attention and the rest staying in bfloat16, or in
+    all linear layers. Router, embedding and output layer never are."""
     make_vocab_size_divisible_by: int = Field(default=128, ge=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size, as in Megatron-LM."""
 
@@ -103,6 +106,19 @@ class ServerSection(Section):
     def urls(self) -> list[str]:
         """Addresses of running servers; none where the run starts its own."""
         return [self.url] if isinstance(self.url, str) else self.url or []
+
+
+class PlacementSection(Section):
+    """Which GPUs train and which serve, where the run starts its own servers."""
+
+    mode: Literal["disaggregated", "colocate"] = "disaggregated"
+    """`disaggregated`: the servers have devices of their own, those of the node after the trainer's, and weights reach
+    them over a process group. `colocate`: trainer and servers share the same devices in turns; each gives its memory up
+    for the other's turn, and weights are handed over in the device's memory (weight_sync.transport: tensor). Synchronous
+    training only."""
+    servers_per_node: int = Field(default=1, ge=1)
+    """Servers that are started on each node with trainer ranks. One takes sglang.tp_size * pp_size devices, times
+    dp_size without data-parallel attention."""
 
 
 class RolloutSection(Section):
@@ -225,10 +241,11 @@ class TrainingSection(Section):
 class WeightSyncSection(Section):
     """How new weights reach SGLang after each rollout batch."""
 
-    transport: Literal["broadcast", "delta", "disk"] = "broadcast"
+    transport: Literal["broadcast", "delta", "disk", "tensor"] | None = None
     """`broadcast` over a process group with the servers (gloo on CPU, NCCL on GPU); `delta` over the same group, only
     what changed bit for bit since the last push, for a copy of the weights in rank 0's host memory; `disk` writes an HF
-    folder that the servers read."""
+    folder that the servers read; `tensor` hands over memory of the device that both sides share (placement.mode:
+    colocate). Default: `tensor` with colocate, `broadcast` otherwise."""
     bucket_megabytes: int = Field(default=512, ge=1)
     """Weights put together at a time; rank 0 holds up to three times as much while it receives, checks and sends."""
     pause: Literal["retract", "in_place", "abort"] = "retract"
@@ -329,6 +346,7 @@ class Config(Section):
     """Any field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, under its own name."""
     sglang: dict[str, Any] = {}
     """Any SGLang server argument, under its own name with underscores."""
+    placement: PlacementSection = PlacementSection()
     rollout: RolloutSection = RolloutSection()
     data: DataSection = DataSection()
     reward: RewardSection = RewardSection()

@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_vespo.algorithms.health import k3
 from megatron_vespo.algorithms.tokens import Bools, Doubles, Tokens
+from megatron_vespo.types import FloatArray
 
 MIN_TOKENS = 50
 """Fewer tokens prove nothing."""
@@ -119,9 +120,20 @@ def _of_control(tokens: Tokens, control: Bools) -> dict[str, float]:
         "temperature_offset": offset / max(spread, 1e-30),
         "half_share": float(_held_by_16_bits(half).mean()) if len(half) >= MIN_TOKENS else 0.0,
         "excess": float(surprise.mean()),
-        "excess_sigmas": float(surprise.mean() / max(surprise.std() / np.sqrt(len(d)), 1e-30)),
+        "excess_sigmas": float(surprise.mean() / _standard_error(surprise, tokens.entropy[control])),
         "excess_allowed": float(surprise.std() * np.sqrt(2 * kl)),
     }
+
+
+def _standard_error(surprise: Doubles, entropy: FloatArray) -> float:
+    """Of the mean of log pi + H (nats).
+
+    Where pi is nearly certain its rare tokens, which hold all of the variance, may not be among those drawn. A choice
+    between two tokens that has entropy H has a variance of about H log(1 + 1/H); it is not taken to be less than that.
+    """
+    certain = np.maximum(entropy.astype(np.float64), 1e-12)
+    variance = max(float(surprise.var()), float((certain * np.log1p(1 / certain)).mean()))
+    return float(np.sqrt(variance / len(surprise)))
 
 
 def _after_push(tokens: Tokens, usable: Bools, pushed: Bools, divergence: Doubles) -> tuple[float | None, float | None]:

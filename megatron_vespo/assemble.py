@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
@@ -35,8 +36,8 @@ from megatron_vespo.policy.policy import Policy
 from megatron_vespo.preflight import NoPreflight, Preflight
 from megatron_vespo.record import Place, Recorder
 from megatron_vespo.rollout.batches import list_batches
+from megatron_vespo.rollout.own_servers import OwnServers
 from megatron_vespo.rollout.replay import BatchReader, ReplayService
-from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.saving import Saver
 from megatron_vespo.schedule import Schedule
@@ -208,7 +209,7 @@ def make_rollouts(
     architecture: Architecture,
     tokenizer: Tokenizer,
     exporter: HfExporter,
-    server: SGLangServer | None,
+    own: OwnServers,
     stack: ExitStack,
     *,
     announce: Callable[[str], None] = lambda text: None,
@@ -221,21 +222,31 @@ def make_rollouts(
         architecture: Limits of prompts and ids.
         tokenizer: Texts.
         exporter: Weights to push.
-        server: The server that rank 0 started; None on other ranks, or where ``rollout.server.url`` names some.
+        own: The servers that this rank started and, on rank 0, where those of all nodes are.
         stack: Takes what must be closed at the end.
         announce: Told, on rank 0, what people should know.
         stop_requested: Whether the run shall end.
     """
-    connection, engine, fleet, servers, transport = None, None, None, None, None
+    inputs, connection, engine, fleet, servers, transport = None, None, None, None, None, None
+
+    def on_every() -> None:
+        nonlocal inputs
+        if parallel.is_main():
+            inputs = connect.prepare(config, architecture, tokenizer, stack)
+        own.wait_ready()
 
     def on_main() -> None:
         nonlocal connection, engine, fleet, servers, transport
+        assert inputs is not None
         connection = connect.connect(
-            config, architecture, tokenizer, server, stack, announce=announce, stop_requested=stop_requested
+            config, architecture, tokenizer, inputs, own, stack, announce=announce, stop_requested=stop_requested
         )
         engine, fleet, servers = connection.engine, connection.fleet, Servers()
         transport = _make_transport(config, servers)
 
+    parallel.on_every(on_every)
+    if not parallel.is_main():  # which watches its own with the others
+        own.supervise(config.rollout.server, stack, logging.getLogger(__name__).warning)
     parallel.on_main(on_main)
     weight_sync = WeightSync(
         exporter,

@@ -11,11 +11,17 @@ from megatron_vespo.megatron_options import check_megatron_options, data_paralle
 from megatron_vespo.metrics.conditions import choose_conditions, stop_after
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.keys import server_key
+from megatron_vespo.rollout.placement import Node, check_placement
 from megatron_vespo.rollout.server_args import validate_server_args
 
 
-def check_config(config: Config, world_size: int) -> None:
+def check_config(config: Config, world_size: int, node: Node | None = None) -> None:
     """Check files, sizes and names that a run needs.
+
+    Args:
+        config: Configuration.
+        world_size: Trainer ranks.
+        node: This one of the job's nodes; default: all ranks are on one.
 
     Raises:
         UserError: The first thing that is wrong, naming the field.
@@ -30,6 +36,8 @@ def check_config(config: Config, world_size: int) -> None:
         validate_server_args(config.sglang)
     if config.samples_from_server:
         server_key(config.rollout.server)
+        if config.rollout.server.is_own:
+            check_placement(config, node or Node(ranks=world_size))
     _check_model(config)
     if config.rollout.replay is not None:
         _check_replay(config, Path(config.rollout.replay))

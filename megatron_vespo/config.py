@@ -63,7 +63,8 @@ class ServerSection(Section):
     """Address of a running server, http://host:port, or a list of them: groups are spread over them, and all get every
     push. They must serve the same architecture. One that does not answer is left out until it does."""
     url_file: str | None = None
-    """Instead: a file with one address a line, read anew at every push. Servers join and leave by it."""
+    """Instead: a file with one address a line, or a folder of such files, read anew at every push. Servers join and
+    leave by it; `python -m megatron_vespo.serve` writes it."""
     router: str | None = None
     """Instead: address of an sglang-router. Requests go through it, weights to the workers that it names."""
     balance: Literal["least_loaded", "round_robin"] = "least_loaded"
@@ -72,7 +73,8 @@ class ServerSection(Section):
     """Seconds without any answer, while requests are in flight, after which a server's health is asked; one that does
     not answer that either counts as dead."""
     max_restarts: int = Field(default=3, ge=0)
-    """Times that the run's own server is started again after it died or hung, without a finished step between."""
+    """Times that one of the run's own servers is started again after it died or hung, without a finished step between.
+    """
     python: str | None = None
     """Interpreter of SGLang's own environment; default: the trainer's."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -82,7 +84,7 @@ class ServerSection(Section):
     api_key_env: str | None = None
     """Name of the environment variable that holds the servers' API key: of running ones, or instead of a new one."""
     port: int | None = Field(default=None, ge=1, le=65535)
-    """Port of the server; default: a free one."""
+    """Port of the server, the next ones of the node 10 apart; default: free ones."""
     startup_timeout: float = Field(default=600.0, gt=0)
     """Seconds until a server that is not ready is given up."""
 
@@ -99,8 +101,13 @@ class ServerSection(Section):
 
     @property
     def is_own(self) -> bool:
-        """Whether the run starts a server of its own."""
-        return self.url is None and self.url_file is None and self.router is None
+        """Whether the run starts servers of its own."""
+        return self.named_by is None
+
+    @property
+    def named_by(self) -> str | None:
+        """The field that says where running servers are."""
+        return next((name for name in ("url", "url_file", "router") if getattr(self, name) is not None), None)
 
     @property
     def urls(self) -> list[str]:

@@ -30,9 +30,9 @@ from megatron_vespo.rollout.dispatch import Dispatcher
 from megatron_vespo.rollout.engine import GroupSettings, RolloutEngine
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.keys import server_key
+from megatron_vespo.rollout.own_servers import OwnServers
 from megatron_vespo.rollout.protocol import UNPUSHED, ServerInfo
 from megatron_vespo.rollout.sampling import SamplingParams
-from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.rollout.watch import Watch
 from megatron_vespo.sglang_weights import LOADER
@@ -58,40 +58,70 @@ class Connection:
     preflight: list[Prompt]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What rank 0 prepares while servers start.
+
+    Attributes:
+        train: Training prompts.
+        evaluation: Prompts of the evaluation sets.
+        scorer: Scores samples.
+    """
+
+    train: PromptDataset
+    evaluation: dict[str, list[Prompt]]
+    scorer: RewardPool
+
+
+def prepare(config: Config, architecture: Architecture, tokenizer: Tokenizer, stack: ExitStack) -> Inputs:
+    """Read the prompts and start what scores; on rank 0.
+
+    Args:
+        config: Configuration.
+        architecture: Limits of prompts and ids.
+        tokenizer: Texts.
+        stack: Takes what must be closed at the end.
+
+    Raises:
+        UserError: Data or reward are not as they should be.
+    """
+    train, evaluation = _read_prompts(config, architecture, tokenizer)
+    scorer = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
+    stack.callback(scorer.close)
+    scorer.start()
+    return Inputs(train, evaluation, scorer)
+
+
 def connect(
     config: Config,
     architecture: Architecture,
     tokenizer: Tokenizer,
-    server: SGLangServer | None,
+    inputs: Inputs,
+    servers: OwnServers,
     stack: ExitStack,
     *,
     announce: Callable[[str], None],
     stop_requested: Callable[[], bool],
     unpushed_version: int | None = None,
 ) -> Connection:
-    """Read the prompts, start what scores and connect to SGLang; on rank 0.
+    """Connect to SGLang, whose servers are ready; on rank 0.
 
     Args:
         config: Configuration.
         architecture: Limits of prompts and ids.
         tokenizer: Texts.
-        server: The server that was started; None where ``rollout.server`` names some.
+        inputs: What was prepared.
+        servers: The servers that the run started; none where ``rollout.server`` names some.
         stack: Takes what must be closed at the end.
         announce: Told what people should know.
         stop_requested: Whether the run shall end.
         unpushed_version: As of :class:`SGLangClient`.
 
     Raises:
-        UserError: Data, reward or servers are not as they should be.
+        UserError: Servers are not as they should be.
     """
-    rollout = config.rollout
-    train, evaluation = _read_prompts(config, architecture, tokenizer)
-    scorer = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
-    stack.callback(scorer.close)
-    scorer.start()
-    if server is not None:
-        server.wait_ready()
-    fleet, dispatcher = _make_fleet(config, architecture, server, announce, unpushed_version)
+    rollout, train = config.rollout, inputs.train
+    fleet, dispatcher = _make_fleet(config, architecture, servers, announce, unpushed_version)
     stack.callback(fleet.close)
     infos = fleet.meet()
     watch = Watch(fleet, hang_timeout=rollout.server.hang_timeout, max_restarts=rollout.server.max_restarts)
@@ -104,7 +134,7 @@ def connect(
         RolloutBuffer(
             rollout.prompts_per_step, rollout.max_staleness, math.ceil(rollout.over_sampling * rollout.prompts_per_step)
         ),
-        scorer,
+        inputs.scorer,
         GroupSettings(
             rollout.samples_per_prompt,
             training_sampling(config),
@@ -119,18 +149,18 @@ def connect(
         stop_requested=stop_requested,
         announce=announce,
     )
-    return Connection(engine, fleet, evaluation, train.prompts(config.preflight.prompts))
+    return Connection(engine, fleet, inputs.evaluation, train.prompts(config.preflight.prompts))
 
 
 def _make_fleet(
     config: Config,
     architecture: Architecture,
-    server: SGLangServer | None,
+    servers: OwnServers,
     announce: Callable[[str], None],
     unpushed_version: int | None,
 ) -> tuple[Fleet, Dispatcher]:
     section, timeout = config.rollout.server, config.rollout.request_timeout
-    api_key = server_key(section) if server is None else server.api_key
+    api_key = servers.api_key if servers.urls else server_key(section)
     routing = _routing(architecture) if config.health.router_flips else None
 
     def open_client(url: str) -> SGLangClient:
@@ -149,9 +179,9 @@ def _make_fleet(
         return SGLangControl(url, timeout=timeout, flush_cache=flush_cache, api_key=api_key), open_client(url)
 
     fleet = Fleet(
-        server_addresses(section, server, api_key),
+        server_addresses(section, servers.urls, api_key),
         open_member,
-        own=server,
+        own=servers.here,
         check_info=_check_info(config),
         balance=section.balance,
         takes_pushes=config.objective == "rl",

@@ -275,6 +275,22 @@ def on_main(action: Callable[[], None]) -> None:
     ask_main(act)
 
 
+def on_every(action: Callable[[], None]) -> None:
+    """Run something on every rank and fail on every rank if it failed on any. A collective.
+
+    Raises:
+        UserError: What the first rank raised that did, on every rank.
+    """
+    word = ""
+    try:
+        action()
+    except UserError as error:
+        word = str(error) or type(error).__name__
+    failures = [failure for failure in gather_values(word, str) if failure]
+    if failures:
+        raise UserError(failures[0])
+
+
 def ask_main(question: Callable[[], bool]) -> bool:
     """Rank 0's answer, on every rank. Raises as :func:`on_main`."""
     word = b""

@@ -15,7 +15,8 @@ from megatron_vespo.metrics.measure import rollout_metrics
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.record import Recorder
-from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.rollout.own_servers import OwnServers
+from megatron_vespo.rollout.placement import Node, describe_servers
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.stopping import StopRequest
 from megatron_vespo.types import SampleGroup
@@ -26,7 +27,7 @@ STARTING_VERSION = 0
 
 def generate(
     config: Config,
-    server: SGLangServer | None,
+    own: OwnServers,
     stack: ExitStack,
     stop: StopRequest,
 ) -> None:
@@ -34,7 +35,7 @@ def generate(
 
     Args:
         config: Configuration.
-        server: The SGLang server of this run; None where ``rollout.server.url`` names some.
+        own: The SGLang servers of this run; none where ``rollout.server.url`` names some.
         stack: Takes what must be closed at the end.
         stop: Whether this process was asked to stop.
 
@@ -43,15 +44,24 @@ def generate(
     """
     architecture = load_architecture(config.model.hf_path)
     tokenizer = load_tokenizer(config.model.hf_path)
-    facts = {"objective": config.objective, "model": config.model.hf_path, "layout": describe_layout(config, 1)}
+    placement = describe_servers(config, Node.from_environment())
+    facts = {
+        "objective": config.objective,
+        "model": config.model.hf_path,
+        "layout": describe_layout(config, 1),
+        "servers": placement,
+    }
     recorder = connect.make_recorder(config, architecture, tokenizer, facts, lambda place: nullcontext())
     stack.callback(recorder.finish)
-    with recorder.phase("connecting to SGLang"):
+    with recorder.phase(f"connecting to SGLang ({placement})"):
+        inputs = connect.prepare(config, architecture, tokenizer, stack)
+        own.wait_ready()
         connection = connect.connect(
             config,
             architecture,
             tokenizer,
-            server,
+            inputs,
+            own,
             stack,
             announce=recorder.message,
             stop_requested=lambda: stop.requested,

@@ -19,8 +19,8 @@ from megatron_vespo.config_file import describe_config, dump_config, load_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.logs import RankLog, report_once
 from megatron_vespo.processes import a_local_rank_is_gone
-from megatron_vespo.rollout.keys import server_key
-from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.rollout.own_servers import OwnServers, servers_of_node
+from megatron_vespo.rollout.placement import Node, check_gpus
 from megatron_vespo.run_folder import check_run_folder, locked, prepare_run_folder, resume_step
 from megatron_vespo.stopping import StopRequest, announce_stop
 
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     main_rank = os.environ["RANK"] == "0"
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stack.callback(stop.uninstall)
         try:
             config = load_config(options.config, all_overrides(options))
-            check_config(config, int(os.environ["WORLD_SIZE"]))
+            check_config(config, int(os.environ["WORLD_SIZE"]), Node.from_environment())
             if main_rank:
                 check_run_folder(config)
                 stack.enter_context(locked(config.run_folder))
@@ -128,10 +129,12 @@ def _leave_within(seconds: float) -> None:
 
 
 def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> None:
-    server = None
-    if os.environ["RANK"] == "0" and config.samples_from_server and config.rollout.server.is_own:
-        # Before the slow imports: the server does its own meanwhile.
-        server = stack.enter_context(start_server(config))
+    own = OwnServers()
+    if os.environ["LOCAL_RANK"] == "0" and config.samples_from_server and config.rollout.server.is_own:
+        node = Node.from_environment()
+        check_gpus(config, node)
+        # Before the slow imports: the servers do their own meanwhile.
+        own = stack.enter_context(servers_of_node(config, node))
 
     import torch  # noqa: F401 - its logger exists from here on
 
@@ -140,7 +143,7 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
         from megatron_vespo.rollout_only import generate
 
         log.write_to(config.run_folder / "logs" / "rank_0.log")
-        generate(config, server, stack, stop)
+        generate(config, own, stack, stop)
         return
     from megatron_vespo import parallel
     from megatron_vespo.training import train
@@ -152,28 +155,13 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
     # Only now: rank 0 made the run folder before it joined the others.
     logs = config.run_folder / "logs"
     log.write_to(logs / f"rank_{parallel.rank()}.log")
+    own.move_logs(logs)
+    own.urls = [url for urls in parallel.gather_values(own.urls, list[str]) for url in urls]
     watchdog = Watchdog(config.run.stuck_timeout, logs)
     watchdog.start()
     stack.callback(watchdog.stop)
     layout = describe_layout(config, parallel.world_size())
-    train(config, server, stack, layout=layout, resume_after=resume_step(config), stop=stop, at=watchdog.at)
-
-
-def start_server(config: Config) -> SGLangServer:
-    """The run's own SGLang server, not started yet."""
-    server = config.rollout.server
-    return SGLangServer(
-        config.model.hf_path,
-        config.run_folder / "logs" / "sglang.log",
-        device=server.device,
-        host=server.host,
-        port=server.port,
-        random_seed=config.run.seed,
-        args={"enable_return_routed_experts": config.health.router_flips} | config.sglang,
-        python=server.python,
-        startup_timeout=server.startup_timeout,
-        api_key=server_key(server),
-    )
+    train(config, own, stack, layout=layout, resume_after=resume_step(config), stop=stop, at=watchdog.at)
 
 
 if __name__ == "__main__":

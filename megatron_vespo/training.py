@@ -14,7 +14,8 @@ from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.loop import train_rl, train_sft
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.record import Place
-from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.rollout.own_servers import OwnServers
+from megatron_vespo.rollout.placement import Node, describe_servers
 from megatron_vespo.saving import restore
 from megatron_vespo.stopping import StopRequest
 from megatron_vespo.types import Progress
@@ -22,7 +23,7 @@ from megatron_vespo.types import Progress
 
 def train(
     config: Config,
-    server: SGLangServer | None,
+    own: OwnServers,
     stack: ExitStack,
     *,
     layout: str,
@@ -34,7 +35,7 @@ def train(
 
     Args:
         config: Configuration.
-        server: The SGLang server that this rank started, if it did.
+        own: The SGLang servers that this rank started, and where those of all nodes are.
         stack: Takes what must be closed at the end.
         layout: Parallel layout in words.
         resume_after: Step whose checkpoint the run goes on from; None: it begins.
@@ -46,6 +47,9 @@ def train(
     facts = {"objective": config.objective, "model": config.model.hf_path, "layout": layout}
     if config.rollout.replay is not None:
         facts["rollouts"] = f"replayed from {config.rollout.replay}"
+    placement = describe_servers(config, Node.from_environment())
+    if config.samples_from_server:
+        facts["servers"] = placement
     recorder = assemble.make_recorder(config, architecture, tokenizer, facts, at, resume_after or 0)
     stack.callback(recorder.finish)
     rollouts = None
@@ -71,13 +75,13 @@ def train(
         train_sft(trainer.policy, batches, schedule, recorder, saver, progress)
         return
     if rollouts is None:
-        with recorder.phase("connecting to SGLang"):
+        with recorder.phase(f"connecting to SGLang ({placement})"):
             rollouts = assemble.make_rollouts(
                 config,
                 architecture,
                 tokenizer,
                 trainer.exporter,
-                server,
+                own,
                 stack,
                 announce=recorder.message,
                 stop_requested=lambda: stop.requested,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -10,23 +12,22 @@ import httpx
 from megatron_vespo.config import ServerSection
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.keys import headers
-from megatron_vespo.rollout.server import SGLangServer
 
 ROUTER_TIMEOUT = 30.0
 
 Addresses = Callable[[], list[str]]
 
 
-def server_addresses(section: ServerSection, server: SGLangServer | None, api_key: str | None) -> Addresses:
+def server_addresses(section: ServerSection, own: Sequence[str], api_key: str | None) -> Addresses:
     """What gives the servers' addresses of the moment.
 
     Args:
         section: Where they are said to be.
-        server: The run's own server, if it started one.
+        own: Addresses of the servers that the run started itself, if it did.
         api_key: The servers', if they have one.
     """
-    if server is not None:
-        return lambda: [server.url]
+    if own:
+        return lambda: list(own)
     if section.url_file is not None:
         return lambda: read_addresses(Path(section.url_file or ""))
     if section.router is not None:
@@ -35,13 +36,13 @@ def server_addresses(section: ServerSection, server: SGLangServer | None, api_ke
 
 
 def read_addresses(path: Path) -> list[str]:
-    """Addresses from a file, one a line; blank lines and what follows a # are left out.
+    """Addresses from a file, one a line, or from all files of a folder; blank lines and what follows a # are left out.
 
     Raises:
-        UserError: The file cannot be read, or a line is no address.
+        UserError: A file cannot be read, or a line is no address.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = (_read_folder(path) if path.is_dir() else path.read_text(encoding="utf-8")).splitlines()
     except OSError as error:
         raise UserError(f"rollout.server.url_file: {path} cannot be read: {error.strerror or error}") from error
     urls = [url for line in lines if (url := line.partition("#")[0].strip())]
@@ -49,6 +50,28 @@ def read_addresses(path: Path) -> list[str]:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"rollout.server.url_file: {path}: {url!r} is no address; http://host:port would be right")
     return list(dict.fromkeys(urls))
+
+
+def _read_folder(path: Path) -> str:
+    texts = []
+    for file in sorted(path.glob("[!.]*")):  # one that is being written has a dot in front
+        with suppress(FileNotFoundError):  # its servers have just ended
+            texts.append(file.read_text(encoding="utf-8"))
+    return "\n".join(texts)
+
+
+def address_towards(host: str, port: int = 80) -> str:
+    """The address under which the machine ``host`` reaches this one. Nothing is sent.
+
+    Raises:
+        UserError: There is no such machine, or no way to it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))  # a datagram socket sends nothing when it connects
+        except OSError as error:
+            raise UserError(f"{host}: no way there from this machine: {error.strerror or error}") from error
+        return str(probe.getsockname()[0])
 
 
 def ask_router(router: str, api_key: str | None = None) -> list[str]:

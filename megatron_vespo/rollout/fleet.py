@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,7 +17,7 @@ from enum import StrEnum
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.rollout.protocol import ServerError, ServerGoneError, ServerInfo, ServerTimeoutError
+from megatron_vespo.rollout.protocol import UNPUSHED, ServerError, ServerGoneError, ServerInfo, ServerTimeoutError
 from megatron_vespo.rollout.server import SGLangServer
 
 POLL_SECONDS = 0.1
@@ -44,6 +44,7 @@ class Member:
         state: What it may be used for.
         reason: Why it is gone.
         lives: How often it was lost: another life is another process, which is in no process group of ours.
+        restarts: How often we started it again since the servers last did what they are for.
         info: What it said of itself when it was last met.
         in_flight: Requests that it has not answered.
         last_answer: When it answered one, or got one after none (monotonic clock).
@@ -55,6 +56,7 @@ class Member:
     state: State = State.GONE
     reason: str = "it has not answered yet"
     lives: int = 0
+    restarts: int = 0
     info: ServerInfo | None = None
     in_flight: int = 0
     last_answer: float = field(default_factory=time.monotonic)
@@ -78,7 +80,7 @@ class Fleet:
     Args:
         addresses: Where the servers are now; read at every push, so that servers may join and leave.
         open_member: Control and client of an address.
-        own: The server that this run started and starts again, whose address is the only one then.
+        own: Servers that this process started, by address: ``watch`` starts them again. Others come back by themselves.
         check_info: Raises a UserError for a server that cannot be used in this run.
         balance: ``least_loaded`` or ``round_robin``.
         takes_pushes: Whether weights are pushed; otherwise a server generates with what it loaded.
@@ -91,24 +93,25 @@ class Fleet:
         addresses: Callable[[], Sequence[str]],
         open_member: Callable[[str], tuple[SGLangControl, SGLangClient]],
         *,
-        own: SGLangServer | None = None,
+        own: Mapping[str, SGLangServer] | None = None,
         check_info: Callable[[str, ServerInfo], None] = lambda url, info: None,
         balance: str = "least_loaded",
         takes_pushes: bool = True,
         patience: float = 600.0,
         announce: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.own = own
+        self.own = {} if own is None else own
         self.announce = announce
         self.failure: Exception | None = None
         self.pushing = False
-        self.losses = self.restarts = 0
+        self.losses = 0
         self.version: int | None = None
         self._addresses, self._open_member, self._check_info = addresses, open_member, check_info
         self._least_loaded = balance == "least_loaded"
         self._takes_pushes, self._patience = takes_pushes, patience
         self._lock = threading.RLock()
         self._members: dict[str, Member] = {}
+        self._lives: dict[str, int] = {}
         self._turn = 0
         self._listeners: list[Callable[[Member], None]] = []
 
@@ -194,17 +197,18 @@ class Fleet:
 
     def progressed(self) -> None:
         """The servers did what they are for: earlier restarts are forgiven."""
-        self.restarts = 0
+        for member in self.members:
+            member.restarts = 0
 
     def begin_push(self) -> list[Member]:
         """Who gets a push: all servers named now that answer, one at least. No hang is suspected until it ends.
 
         Raises:
-            UserError: Nobody answers for ``patience`` seconds, or the run's own server could not be started again.
+            UserError: Nobody answers for ``patience`` seconds, or a server of ours could not be started again.
         """
         self._read_addresses()
         for member in self.members:
-            if member.state is State.GONE and self.own is None:
+            if member.state is State.GONE and member.url not in self.own:
                 self.probe(member)
         deadline = time.monotonic() + self._patience
         while not (present := self._present()):
@@ -214,6 +218,7 @@ class Fleet:
                 raise UserError(f"no server answers since {self._patience:g} s: {reasons}")
             time.sleep(POLL_SECONDS)
         self.pushing = True
+        self._lives = {member.url: member.lives for member in present}
         return present
 
     def end_push(self, pushed: Sequence[Member], version: int) -> None:
@@ -235,7 +240,7 @@ class Fleet:
                 time: the server hangs, whatever its front says.
 
         Returns:
-            Whether any is gone.
+            Whether any is gone, or has begun another life since the push began.
         """
         if isinstance(error, ServerTimeoutError):
             for member in members:
@@ -245,9 +250,13 @@ class Fleet:
         while True:
             for member in members:
                 life = member.lives
-                if member.state is not State.GONE and not member.control.alive():
+                if member.state is State.GONE:
+                    continue
+                if not member.control.alive():
                     self.lost(member, life, "it does not answer any more")
-            if any(member.state is State.GONE for member in members):
+                elif self._forgot(member):
+                    self.lost(member, life, "it was started again")
+            if any(member.state is State.GONE or member.lives != self._lives.get(member.url) for member in members):
                 return True
             if time.monotonic() > deadline:
                 return False
@@ -257,6 +266,15 @@ class Fleet:
         """Close the control connections."""
         for member in self.members:
             member.control.close()
+
+    def _forgot(self, member: Member) -> bool:
+        """Whether a server that held our weights has its first ones: it died and came back while nobody looked."""
+        if self.version is None or member.state is not State.SERVING:
+            return False
+        try:
+            return member.control.info().weight_version == UNPUSHED
+        except UserError:
+            return False
 
     def _present(self) -> list[Member]:
         return [member for member in self.members if member.state is not State.GONE]

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +29,9 @@ from megatron_vespo.rollout.server_args import validate_server_args as validate_
 POLL_SECONDS = 0.1
 # Below Linux's ephemeral range: a port found free there is not taken by a connection while the server imports.
 FREE_PORTS = range(20000, 32000)
+# Between the ports of two servers: with data-parallel attention SGLang takes the 7 ports from port + 233 on, too.
+PORT_STRIDE = 10
+ANY_ADDRESS = "0.0.0.0"
 
 LOG_TAIL_LINES = 15
 LOG_LINE_LENGTH = 300
@@ -56,6 +59,11 @@ class SGLangServer:
         startup_timeout: Seconds until it must answer.
         stop_grace: Seconds between SIGTERM and SIGKILL.
         api_key: Requests must carry it. Neither its command line nor its log shows it.
+        address: Where clients reach it; default: ``host``, or 127.0.0.1 if that means all addresses.
+
+    Attributes:
+        command: Its command line, without the guard's.
+        environment: All of its environment variables, the API key among them.
 
     Raises:
         UserError: an unknown device, a reserved argument, no model at ``model_path``.
@@ -76,20 +84,22 @@ class SGLangServer:
         startup_timeout: float = 600.0,
         stop_grace: float = 2.0,
         api_key: str | None = None,
+        address: str | None = None,
     ) -> None:
         if device not in DEVICES:
             raise UserError(f"device of the SGLang server: {device!r} is not one of {', '.join(DEVICES)}")
         self.model_path = Path(model_path)
         self.log_file = Path(log_file)
         self.host = host
-        self.port = _free_port(host) if port is None else port
+        self.port = free_port(host) if port is None else port
+        self.address = address or ("127.0.0.1" if host == ANY_ADDRESS else host)
         self.api_key = api_key
         self._startup_timeout = startup_timeout
         self._stop_grace = stop_grace
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._log_start = 0
-        self._command = build_command(
+        self.command = build_command(
             python or sys.executable,
             self.model_path,
             device,
@@ -100,12 +110,12 @@ class SGLangServer:
             keyed=api_key is not None,
         )
         secret = {} if api_key is None else {KEY_VARIABLE: api_key}
-        self._environment = build_environment(self.model_path, device, {**(environment or {}), **secret})
+        self.environment = build_environment(self.model_path, device, {**(environment or {}), **secret})
 
     @property
     def url(self) -> str:
         """Base address, for clients."""
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def start(self) -> None:
         """Start the process and return at once.
@@ -121,11 +131,11 @@ class SGLangServer:
         with self.log_file.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                guarded(self._command, self._stop_grace),
+                guarded(self.command, self._stop_grace),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env=self.environment,
                 start_new_session=True,  # Ctrl-C at the terminal is for the trainer, which then stops us in order
             )
         self._started_at = time.monotonic()
@@ -176,6 +186,11 @@ class SGLangServer:
         self.start()
         self.wait_ready()
 
+    def move_log(self, path: Path) -> None:
+        """Rename the log, within one file system; a running server goes on writing to it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_file = self.log_file.rename(path)
+
     def log_tail(self) -> str:
         """The log's path and its last meaningful lines since the last start, for error messages."""
         if not self.log_file.is_file():
@@ -214,11 +229,16 @@ def _port_is_free(host: str, port: int) -> bool:
     return True
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str, taken: Collection[int] = ()) -> int:
+    """A port that is free on an address of this machine, far enough from those that other servers will take.
+
+    Raises:
+        UserError: There is none.
+    """
     # A generator of its own: the run's seed must not make two servers try the same ports.
     candidates = random.SystemRandom().sample(FREE_PORTS, k=100)
     for port in candidates:
-        if _port_is_free(host, port):
+        if all(abs(port - other) >= PORT_STRIDE for other in taken) and _port_is_free(host, port):
             return port
     raise UserError(
         f"found no free port on {host} between {FREE_PORTS.start} and {FREE_PORTS.stop}: is that our address?"

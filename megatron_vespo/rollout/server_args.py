@@ -34,6 +34,12 @@ RESERVED_ARGS = {
     "api_key": "a server that other machines reach gets one; rollout.server.api_key_env names one of yours",
     "admin_api_key": "the same key is for all routes; rollout.server.api_key_env names one of yours",
     "config": "all arguments are written in the run's own configuration",
+    "base_gpu_id": "placement chooses the devices",
+    "gpu_id_step": "placement chooses the devices",
+    **dict.fromkeys(
+        ("nnodes", "node_rank", "dist_init_addr", "nccl_init_addr"),
+        "a server that is started here has one node; start larger ones yourself and name them in rollout.server.url",
+    ),
 }
 
 # What every server gets unless ``args`` says otherwise: {name: value}.

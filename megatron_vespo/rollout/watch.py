@@ -1,4 +1,4 @@
-"""Notices servers that die, hang or come back, from a thread of its own; starts the run's own server again."""
+"""Notices servers that die, hang or come back, from a thread of its own; starts those of this process again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.fleet import Fleet, Member, State
+from megatron_vespo.rollout.server import SGLangServer
 
 WATCH_SECONDS = 0.25
 # Between two questions to a server that is gone.
@@ -19,12 +20,13 @@ class Watch:
     Args:
         fleet: The servers.
         hang_timeout: Seconds without an answer, while requests are in flight, after which a server's health is asked.
-        max_restarts: Starts of the run's own server without ``fleet.progressed()`` between.
+        max_restarts: Restarts of one of our own servers without ``fleet.progressed()`` between.
     """
 
     def __init__(self, fleet: Fleet, *, hang_timeout: float, max_restarts: int) -> None:
         self._fleet, self._hang_timeout, self._max_restarts = fleet, hang_timeout, max_restarts
         self._probed: dict[str, float] = {}
+        self._restarting: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="server-watch", daemon=True)
 
@@ -42,11 +44,14 @@ class Watch:
                 for member in self._fleet.members:
                     self._look_at(member)
         except Exception as error:  # noqa: BLE001 - raised where the run waits
-            if not self._ended.is_set():
-                self._fleet.failure = error
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._ended.is_set():
+            self._fleet.failure = error
 
     def _look_at(self, member: Member) -> None:
-        own = self._fleet.own
+        own = self._fleet.own.get(member.url)
         if own is not None and member.state is not State.GONE and not own.is_alive:
             self._fleet.lost(member, member.lives, "its process ended")
         elif member.state is not State.GONE and self._is_silent(member):
@@ -58,7 +63,7 @@ class Watch:
         if member.state is not State.GONE:
             return
         if own is not None:
-            self._restart(member)
+            self._begin_restart(member, own)
         elif time.monotonic() - self._probed.get(member.url, 0.0) > PROBE_SECONDS:
             self._probed[member.url] = time.monotonic()
             if member.control.ready() and self._fleet.probe(member):
@@ -68,21 +73,30 @@ class Watch:
         silent = time.monotonic() - member.last_answer > self._hang_timeout
         return silent and member.in_flight > 0 and not self._fleet.pushing
 
-    def _restart(self, member: Member) -> None:
-        """Start the run's own server again.
+    def _begin_restart(self, member: Member, own: SGLangServer) -> None:
+        """Start one of our own servers again, unless that is under way, beside watching the others.
 
         Raises:
-            UserError: It does not come up, or was started too often.
+            UserError: It was started too often.
         """
-        own = self._fleet.own
-        assert own is not None
-        if self._fleet.restarts >= self._max_restarts:
+        if member.url in self._restarting:
+            return
+        if member.restarts >= self._max_restarts:
             raise UserError(
                 f"the SGLang server at {own.url} was lost again ({member.reason}) after {self._max_restarts} restarts"
                 f" without a finished step (rollout.server.max_restarts); {own.log_tail()}"
             )
-        self._fleet.restarts += 1
+        member.restarts += 1
+        self._restarting.add(member.url)
         self._fleet.announce(f"starting the server at {own.url} again")
-        own.restart()
-        self._fleet.probe(member, strict=True)
-        self._fleet.announce(f"the server at {own.url} is back; it gets the current weights next")
+        threading.Thread(target=self._restart, args=(member, own), name="server-restart", daemon=True).start()
+
+    def _restart(self, member: Member, own: SGLangServer) -> None:
+        try:
+            own.restart()
+            self._fleet.probe(member, strict=True)
+            self._fleet.announce(f"the server at {own.url} is back; it gets the current weights next")
+        except Exception as error:  # noqa: BLE001 - raised where the run waits
+            self._fail(error)
+        finally:
+            self._restarting.discard(member.url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch.distributed import distributed_c10d
 from megatron_vespo import platform
 from megatron_vespo.errors import UserError
 from megatron_vespo.rendezvous import store_listening_on
+from megatron_vespo.rollout.addresses import address_towards
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.fleet import Member
 from megatron_vespo.rollout.protocol import ServerGoneError
@@ -27,14 +27,6 @@ from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.sglang_weights.wire import Request
 
 TIMEOUT = timedelta(minutes=10)
-
-
-def local_address(url: str) -> str:
-    """The address under which the machine at ``url`` reaches this one."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # a datagram socket sends nothing when it connects
-        return str(probe.getsockname()[0])
 
 
 def join_group(store: dist.Store, *, world_size: int, name: str, backend: str) -> dist.ProcessGroup:
@@ -167,7 +159,8 @@ class Servers:
 
     def _form_group(self) -> dist.ProcessGroup:
         world_size, backend = 1 + sum(self.workers), platform.backend()
-        addresses = [local_address(control.base_url) for control in self.controls]
+        urls = [urlsplit(control.base_url) for control in self.controls]
+        addresses = [address_towards(url.hostname or "", url.port or 80) for url in urls]
         # A server on this machine reaches any address of it, one elsewhere all but the loopback.
         address = next((address for address in addresses if not address.startswith("127.")), addresses[0])
         store = store_listening_on(address, TIMEOUT, world_size)

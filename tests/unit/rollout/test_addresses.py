@@ -12,7 +12,7 @@ from megatron_vespo.rollout.addresses import ask_router, read_addresses, server_
 def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
     path = tmp_path / "servers.txt"
     path.write_text("http://a:1  # the first\n\n# none\nhttp://b:2\nhttp://a:1\n")
-    addresses = server_addresses(ServerSection(url_file=str(path)), None, None)
+    addresses = server_addresses(ServerSection(url_file=str(path)), (), None)
     assert addresses() == ["http://a:1", "http://b:2"]
     path.write_text("http://b:2\n")
     assert addresses() == ["http://b:2"]
@@ -30,7 +30,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str | None, message: str) 
 def test_a_router_names_its_workers() -> None:
     workers: list[Any] = [{"url": "http://a:1", "is_healthy": True}, {"url": "http://b:2"}]
     with serve(lambda body: {}, known=lambda path: {"workers": workers}) as url:
-        assert server_addresses(ServerSection(router=url), None, None)() == ["http://a:1", "http://b:2"]
+        assert server_addresses(ServerSection(router=url), (), None)() == ["http://a:1", "http://b:2"]
 
 
 @pytest.mark.parametrize("answer", [{"data": []}, Status(404, ""), Status(200, "no json"), Status(200, "[1]")])

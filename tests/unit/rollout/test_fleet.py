@@ -15,7 +15,7 @@ from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.dispatch import Dispatcher, LoadMeter
 from megatron_vespo.rollout.fleet import Fleet, State
-from megatron_vespo.rollout.protocol import Generation, ServerInfo
+from megatron_vespo.rollout.protocol import Generation, ServerError, ServerInfo
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.rollout.watch import Watch
 from tests.ranks import free_port
@@ -183,6 +183,77 @@ def test_news_of_an_earlier_life_is_no_news() -> None:
         fleet.probe(fleet.members[0])
         fleet.lost(fleet.members[0], 0, "killed, says a late request")
         assert states(fleet) == [State.SERVING] and fleet.losses == 1
+
+
+def test_a_push_finds_out_who_died_and_came_back_while_nobody_looked() -> None:
+    now = "3"
+    with (
+        serve(lambda body: answer([5]), known=lambda path: say_version(now)(path)) as url,
+        make_fleet(lambda: [url]) as fleet,
+    ):
+        fleet.meet()
+        pushed(fleet, 3)
+        members = fleet.begin_push()
+        assert not fleet.find_lost(members, ServerError("an error of another kind"))
+        now = "default"  # another process: it is in no group of ours
+        assert fleet.find_lost(members, ServerError("no such group"))
+        assert fleet.members[0].reason == "it was started again" and fleet.losses == 1
+        assert fleet.begin_push() == fleet.members and states(fleet) == [State.WAITING]
+
+
+def test_a_push_begins_anew_where_a_server_was_lost_and_is_back_already() -> None:
+    with serve(lambda body: answer([5])) as url, make_fleet(lambda: [url]) as fleet:
+        fleet.meet()
+        pushed(fleet, 3)
+        members = fleet.begin_push()
+        fleet.lost(members[0], 0, "killed")
+        fleet.probe(members[0])
+        assert fleet.find_lost(members, ServerError("a connection broke"))
+
+
+class OwnServer:
+    """A server of ours as the watch sees it; it starts again when it may."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.is_alive, self.starts = url, True, 0
+        self.may_start = threading.Event()
+
+    def restart(self) -> None:
+        self.starts += 1
+        assert self.may_start.wait(20)
+        self.is_alive = True
+
+    def log_tail(self) -> str:
+        return "its log"
+
+
+def test_servers_of_ours_are_started_again_each_by_itself() -> None:
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serve(lambda body: answer([5]))) for _ in range(3)]
+        ours = [OwnServer(url) for url in urls[:2]]
+        fleet = stack.enter_context(make_fleet(lambda: urls, own={own.url: own for own in ours}))
+        fleet.meet()
+        pushed(fleet, 3)
+        watch = Watch(fleet, hang_timeout=60, max_restarts=1)
+        watch.start()
+        stack.callback(watch.close)
+        ours[0].is_alive = False
+        wait_for(lambda: ours[0].starts == 1)
+        ours[1].is_alive = False
+        wait_for(lambda: ours[1].starts == 1)
+        assert states(fleet) == [State.GONE, State.GONE, State.SERVING]
+        for own in ours:
+            own.may_start.set()
+        wait_for(lambda: State.GONE not in states(fleet))
+        fleet.progressed()
+        for own in ours:
+            own.is_alive = False
+        wait_for(lambda: [own.starts for own in ours] == [2, 2])
+        wait_for(lambda: State.GONE not in states(fleet))
+        ours[1].is_alive = False
+        wait_for(lambda: fleet.failure is not None)
+        with pytest.raises(UserError, match=f"{urls[1]} was lost again .* after 1 restarts"):
+            fleet.check()
 
 
 def test_a_server_that_hangs_is_noticed() -> None:

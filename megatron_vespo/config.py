@@ -50,8 +50,8 @@ class ModelSection(Section):
     layer_spec: Literal["local", "transformer_engine"] = "local"
     """`local` is torch-native and runs anywhere; `transformer_engine` needs a GPU."""
     fp8_scope: Literal["experts", "all"] = "experts"
-    """Where megatron.fp8 is on: in the experts' matrix products alone, attention and the rest staying in bfloat16, or in
-    all linear layers. Router, embedding and output layer never are."""
+    """Where megatron.fp8 is on: in the experts' matrix products alone, while attention and the rest stay in bfloat16, or
+    in all linear layers. Router, embedding and output layer never are."""
     make_vocab_size_divisible_by: int = Field(default=128, ge=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size, as in Megatron-LM."""
 

@@ -32,17 +32,35 @@ def check_config(config: Config, world_size: int, node: Node | None = None) -> N
     _check_ranks(config, world_size)
     if config.objective == "rollout" and config.run.resume != "never":
         raise UserError("run.resume: objective rollout saves no checkpoints to go on from; leave it out")
-    if config.samples_from_server and config.rollout.server.python is None:
-        validate_server_args(config.sglang)
     if config.samples_from_server:
-        server_key(config.rollout.server)
-        if config.rollout.server.is_own:
-            check_placement(config, node or Node(ranks=world_size))
+        check_servers(config, node or Node(ranks=world_size))
     _check_model(config)
     if config.rollout.replay is not None:
         _check_replay(config, Path(config.rollout.replay))
     else:
         _check_data(config)
+
+
+def check_servers(config: Config, node: Node) -> None:
+    """Check what the servers are started with, or asked by.
+
+    Args:
+        config: Configuration of a run that samples.
+        node: This node.
+
+    Raises:
+        UserError: The first thing that is wrong, naming the field.
+    """
+    if config.rollout.server.python is None:
+        validate_server_args(config.sglang)
+    server_key(config.rollout.server)
+    if config.rollout.server.is_own:
+        check_placement(config, node)
+    elif config.placement.servers_per_node > 1 and config.rollout.server.named_by != "url_file":  # serve's, then
+        raise UserError(
+            f"placement.servers_per_node: nothing is started where rollout.server.{config.rollout.server.named_by} says"
+            " where the servers are; leave one of the two out"
+        )
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

@@ -1,7 +1,8 @@
 """One command on one node: ``python -m megatron_vespo.launch --ranks N CONFIG [section.key=value ...]``.
 
-Checks the configuration, then starts the ranks with torchrun's own engine. The SGLang server, where the run starts one,
-is a child of rank 0. On several nodes call torchrun itself with ``-m megatron_vespo.train``.
+Checks the configuration, then starts the ranks with torchrun's own engine. The SGLang servers, where the run starts
+some, are children of rank 0. On several nodes call torchrun itself with ``-m megatron_vespo.train``: the lines for each
+node are what ``--dry-run --nodes N`` prints.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
@@ -18,13 +20,15 @@ from urllib.parse import urlsplit
 from megatron_vespo.checks import check_config
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
+from megatron_vespo.dry_run import MEETING_POINT, describe_run
 from megatron_vespo.errors import UserError
 from megatron_vespo.logs import error_file, report_once, reporting_rank
 from megatron_vespo.processes import children, how_it_ended
 from megatron_vespo.rollout.keys import is_loopback
+from megatron_vespo.rollout.placement import Node, check_gpus
 from megatron_vespo.run_folder import check_run_folder, refuse_if_locked
 from megatron_vespo.stopping import StopRequest
-from megatron_vespo.train import all_overrides, make_parser
+from megatron_vespo.train import all_overrides, make_run_parser
 
 if TYPE_CHECKING:  # torch is slow to import, and a wrong configuration is told before
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -35,6 +39,13 @@ _HINTS: dict[int, str] = {
     signal.SIGSEGV: "a crash in compiled code: the log ends with the Python stack",
     signal.SIGABRT: "a failed check in compiled code: the log ends with the Python stack",
     signal.SIGBUS: "shared memory or the disk may be full: see `df -h /dev/shm`",
+}
+
+# What ranks get unless it is set: {name: value}.
+_RANK_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # Megatron's overlaps rely on the order of launches.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
 
 # Seconds that ranks get to leave when they are ended, before they are killed.
@@ -55,30 +66,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, also if the run was asked to stop and did so in order; or that of the rank that failed first,
         128 and the signal's number if a signal ended it.
     """
-    parser = make_parser("python -m megatron_vespo.launch")
+    parser = make_run_parser("python -m megatron_vespo.launch", __doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1, help="trainer processes on this node (GPUs, on a GPU node)")
+    parser.add_argument("--dry-run", action="store_true", help="check, and print the commands instead of running them")
+    parser.add_argument("--nodes", type=int, default=1, help="with --dry-run: print torchrun's lines for so many nodes")
     options = parser.parse_intermixed_args(arguments)  # options may come between overrides
     overrides = all_overrides(options)
     stop = StopRequest(pass_on)
     stop.install()
     try:
+        if options.nodes > 1 and not options.dry_run:
+            raise UserError(
+                "--nodes: the launcher starts the ranks of one node; --dry-run prints what to run on each of several"
+            )
         config = load_config(options.config, overrides)
-        check_config(config, options.ranks)
+        node = Node(count=options.nodes, ranks=options.ranks)
+        if options.nodes > 1:
+            node = replace(node, meeting_point=MEETING_POINT)
+        check_config(config, options.ranks * options.nodes, node)
         refuse_if_locked(config.run_folder)
         check_run_folder(config)
+        environment = rank_environment(config, node)
+        rank_arguments = [options.config, *overrides]
+        if options.dry_run:
+            print(describe_run(config, rank_arguments, options.ranks, options.nodes, environment))  # noqa: T201
+            return 0
+        if config.samples_from_server and config.rollout.server.is_own:
+            check_gpus(config, node)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     # This attempt's error is still to come.
     error_file(config.run_folder / "logs").unlink(missing_ok=True)
-    if _stays_on_this_machine(config):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    rank_arguments = ["-m", "megatron_vespo.train", options.config, *overrides]
-    failure = launch_ranks(options.ranks, rank_arguments, stop=stop)
+    os.environ.update(environment)
+    failure = launch_ranks(options.ranks, ["-m", "megatron_vespo.train", *rank_arguments], stop=stop)
     if failure is None:
         return 0
     _report(failure, config, stop)
     return failure.status if failure.status > 0 else 128 - failure.status
+
+
+def rank_environment(config: Config, node: Node) -> dict[str, str]:
+    """Environment variables that the ranks of a node get unless they are set."""
+    defaults = dict(_RANK_ENVIRONMENT)
+    if node.count == 1 and _stays_on_this_machine(config):
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {name: value for name, value in defaults.items() if name not in os.environ}
 
 
 def _stays_on_this_machine(config: Config) -> bool:
@@ -140,8 +173,8 @@ def launch_ranks(
     from megatron_vespo import rendezvous
 
     rendezvous.register()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlaps rely on the order of launches
+    for name, value in _RANK_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # The failing rank has said what is wrong; the agent's own report repeats it as a page of traceback.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     config = LaunchConfig(

@@ -28,16 +28,22 @@ from megatron_vespo.stopping import StopRequest, announce_stop
 _UNWIND_SECONDS = 20
 
 
-def make_parser(program: str) -> argparse.ArgumentParser:
-    """Command line of ``train`` and ``launch``."""
+def make_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Command line of whatever is started with a configuration."""
     parser = argparse.ArgumentParser(
         prog=program,
-        description=__doc__.splitlines()[0],
+        description=description,
         epilog="Configuration, one YAML section each:\n" + describe_config(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of the file; YAML value")
+    return parser
+
+
+def make_run_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Command line of ``train`` and ``launch``."""
+    parser = make_parser(program, description)
     parser.add_argument("--resume", metavar="auto|never|STEP", help="the same as run.resume=...")
     parser.add_argument("--preflight-only", action="store_true", help="the same as preflight.only=true")
     return parser
@@ -56,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, also if the run was asked to stop and did so in order; or 1 after an error, which one rank
         prints.
     """
-    options = make_parser("python -m megatron_vespo.train").parse_intermixed_args(arguments)
+    parser = make_run_parser("python -m megatron_vespo.train", __doc__.splitlines()[0])
+    options = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -69,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if _under_agent():
         # The agent holds the job's key-value store: without it nothing goes on, and nobody would end us.
         guard.prctl(guard.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # SGLang turns this off in its workers unless it is set, and the members of an NCCL group must agree.
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     log = RankLog()
     with ExitStack() as stack:
         stack.callback(stop.uninstall)

@@ -156,25 +156,34 @@ class Supervisor:
             since = time.monotonic()
 
 
-def servers_of_node(config: Config, node: Node) -> OwnServers:
+def servers_of_node(config: Config, node: Node, find_address: Callable[[str], str] = address_towards) -> OwnServers:
     """The servers that the run starts on this node, not started yet.
+
+    Args:
+        config: Configuration.
+        node: This node.
+        find_address: Says under which address the machine of another one reaches this one.
 
     Raises:
         UserError: No free port, no way to the other nodes, or no key where one is named.
     """
     logs, count = config.run_folder / "logs", config.placement.servers_per_node
     devices = server_devices(config, node.ranks)
-    names = [f"sglang_{node.number}_{k}.log" for k in range(count)]
+    names = [log_name(config, node, k) for k in range(count)]
     if node.number > 0:
         # Rank 0 may not have made the run's folder yet, or may be about to empty it.
         logs, names = config.run_folder.parent, [f"{_log_prefix(config.run_folder)}{name}" for name in names]
-    elif count == 1 and node.count == 1:
-        names = ["sglang.log"]
     address = None
     if node.is_reached_from_others and config.rollout.server.host == ANY_ADDRESS:
-        address = address_towards(node.meeting_point)
+        address = find_address(node.meeting_point)
     seed = config.run.seed + node.number * count
     return OwnServers(make_servers(config, devices, [logs / name for name in names], seed, address))
+
+
+def log_name(config: Config, node: Node, number: int) -> str:
+    """Name of the log of one server of a node in the run's ``logs``."""
+    alone = node.count == 1 and config.placement.servers_per_node == 1
+    return "sglang.log" if alone else f"sglang_{node.number}_{number}.log"
 
 
 def _log_prefix(run_folder: Path) -> str:

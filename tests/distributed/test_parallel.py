@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from megatron_vespo import parallel
+from megatron_vespo.errors import UserError
 from tests.ranks import run_ranks
 
 
@@ -24,3 +25,23 @@ def test_every_rank_has_everyones_values_exactly() -> None:
     assert pairs == [{("x", "y"): rank} for rank in range(3)]
     assert numbers == [[0.1 + rank, math.inf] for rank in range(3)]
     assert flags == [False, True, True]
+
+
+def fail_on(ranks: tuple[int, ...]) -> list[str]:
+    """Messages of the errors that this rank gets: of a failure on these ranks, then of none."""
+
+    def fail() -> None:
+        if parallel.rank() in ranks:
+            raise UserError(f"rank {parallel.rank()} has no server")
+
+    messages = []
+    for action in (fail, lambda: None):
+        try:
+            parallel.on_every(action)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_what_fails_on_any_rank_fails_on_every_rank() -> None:
+    assert run_ranks(3, fail_on, (1, 2)) == [["rank 1 has no server"]] * 3

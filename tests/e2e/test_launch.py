@@ -79,6 +79,21 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path, name: str) ->
     assert [path.name for path in tmp_path.glob("runs/*/*")] in ([], ["metrics.jsonl"])
 
 
+def test_a_dry_run_prints_the_commands_and_leaves_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = launch(config, "--dry-run", "rollout.server.port=23456", "sglang.max_total_tokens=4096", ranks=2)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert "torchrun --standalone --nproc-per-node 2 -m megatron_vespo.train" in result.stdout
+    (server,) = [line for line in result.stdout.splitlines() if "-m sglang.launch_server" in line]
+    assert "--port 23456" in server and "--max-total-tokens 4096" in server
+    assert sorted(tmp_path.rglob("*")) == before
+    result = launch(config, "--dry-run", "--nodes", "2", "--ranks", "2", "rollout.server.host=0.0.0.0")
+    assert result.returncode == 1 and "error: rollout.server.api_key_env: missing" in result.stderr
+    result = launch(config, "--nodes", "2")
+    assert result.returncode == 1 and result.stderr.startswith("error: --nodes: ")
+
+
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     with socket.socket() as holder:

@@ -16,6 +16,7 @@ from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy.objectives import denominators
+from megatron_vespo.rollout.own_servers import OwnServers
 from megatron_vespo.rollout.server import SGLangServer
 from tests.e2e.small_runs import REWARDS, make_tree, run_main_on_ranks, write_config
 from tests.ranks import run_ranks
@@ -28,7 +29,7 @@ def push_generate_compare(tree: dict[str, Any]) -> list[float]:
         architecture = load_architecture(config.model.hf_path)
         tokenizer = load_tokenizer(config.model.hf_path)
         trainer = assemble.make_trainer(config, architecture)
-        rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, None, stack)
+        rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, OwnServers(), stack)
         algorithm, schedule = assemble.make_algorithm(config), assemble.make_schedule(config, architecture)
         differences = []
         for version in range(3):

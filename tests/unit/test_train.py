@@ -1,6 +1,9 @@
+from collections.abc import Callable
+
 import pytest
 
-from megatron_vespo.train import all_overrides, make_parser
+from megatron_vespo import launch, serve, train
+from megatron_vespo.train import all_overrides, make_run_parser
 
 
 @pytest.mark.parametrize("value", ["auto", "never", "200"])
@@ -10,7 +13,24 @@ def test_resume_is_an_override_that_wins_wherever_it_stands(value: str) -> None:
         ["--resume", value, "c.yaml", "run.resume=7", "a.b=c"],
         ["c.yaml", "run.resume=7", "a.b=c", "--resume", value],
     ):
-        options = make_parser("x").parse_intermixed_args(words)
+        options = make_run_parser("x", "").parse_intermixed_args(words)
         assert options.config == "c.yaml"
         assert all_overrides(options) == ["run.resume=7", "a.b=c", f"run.resume={value}"]
-    assert all_overrides(make_parser("x").parse_intermixed_args(["c.yaml"])) == []
+    assert all_overrides(make_run_parser("x", "").parse_intermixed_args(["c.yaml"])) == []
+
+
+@pytest.mark.parametrize(
+    "main, words",
+    [
+        (train.main, ["megatron_vespo.train", "Entry point of every rank", "--resume"]),
+        (launch.main, ["megatron_vespo.launch", "One command on one node", "--ranks", "--dry-run", "--nodes"]),
+        (serve.main, ["megatron_vespo.serve", "Only the SGLang servers", "--url-file"]),
+    ],
+)
+def test_help_says_what_each_command_does(
+    main: Callable[[list[str]], int], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and all(word in shown for word in [*words, "section.key=value", "servers_per_node"])

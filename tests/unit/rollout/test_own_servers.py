@@ -1,16 +1,13 @@
-"""Servers as processes; what runs in them is a few lines that answer /ready, since SGLang needs a minute to start."""
+"""Servers of the run's own as processes: how they start, end and start again."""
 
 import itertools
 import os
 import signal
-import stat
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stand_in import make_tree, wait_for
 
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import parse_config
@@ -20,24 +17,6 @@ from megatron_vespo.rollout.placement import Node
 from megatron_vespo.rollout.serve_with_key import KEY_VARIABLE
 from megatron_vespo.rollout.server import PORT_STRIDE, SGLangServer
 
-SCRIPT = """#!{python} -S
-import http.server, pathlib, sys
-if pathlib.Path("{broken}").exists():
-    sys.exit("broken on purpose")
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
-"""
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
@@ -46,27 +25,8 @@ def broken(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path, broken: Path) -> Callable[..., Config]:
-    """Configurations whose servers run the script."""
-    (tmp_path / "config.json").write_text("{}")
-    python = tmp_path / "python"
-    python.write_text(SCRIPT.format(python=sys.executable, broken=broken))
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-
-    def make(count: int, **server: Any) -> Config:
-        return parse_config(
-            {
-                "run": {"name": "r", "folder": str(tmp_path / "runs"), "seed": 5},
-                "model": {"hf_path": str(tmp_path)},
-                "data": {"train": "d"},
-                "training": {"steps": 1},
-                "placement": {"servers_per_node": count},
-                "sglang": {"tp_size": 2},
-                "rollout": {"server": {"python": str(python), "startup_timeout": 20.0, **server}},
-            }
-        )
-
-    return make
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    return lambda count, **server: parse_config(make_tree(tmp_path, count, **server))
 
 
 def seeds(servers: list[SGLangServer]) -> list[str]:

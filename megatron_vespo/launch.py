@@ -21,11 +21,12 @@ from megatron_vespo.checks import check_config
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
 from megatron_vespo.dry_run import MEETING_POINT, describe_run
+from megatron_vespo.environment import check_before_ranks
 from megatron_vespo.errors import UserError
 from megatron_vespo.logs import error_file, report_once, reporting_rank
 from megatron_vespo.processes import children, how_it_ended
 from megatron_vespo.rollout.keys import is_loopback
-from megatron_vespo.rollout.placement import Node, check_gpus
+from megatron_vespo.rollout.placement import Node
 from megatron_vespo.run_folder import check_run_folder, refuse_if_locked
 from megatron_vespo.stopping import StopRequest
 from megatron_vespo.train import all_overrides, make_run_parser
@@ -91,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(describe_run(config, rank_arguments, options.ranks, options.nodes, environment))  # noqa: T201
             return 0
-        if config.samples_from_server and config.rollout.server.is_own:
-            check_gpus(config, node)
+        check_before_ranks(config, options.ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from megatron_vespo import guard
+from megatron_vespo import environment, guard
 from megatron_vespo.checks import check_config, describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import describe_config, dump_config, load_config
@@ -20,7 +20,7 @@ from megatron_vespo.errors import UserError
 from megatron_vespo.logs import RankLog, report_once
 from megatron_vespo.processes import a_local_rank_is_gone
 from megatron_vespo.rollout.own_servers import OwnServers, servers_of_node
-from megatron_vespo.rollout.placement import Node, check_gpus
+from megatron_vespo.rollout.placement import Node
 from megatron_vespo.run_folder import check_run_folder, locked, prepare_run_folder, resume_step
 from megatron_vespo.stopping import StopRequest, announce_stop
 
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlaps rely on the order of launches
     main_rank = os.environ["RANK"] == "0"
     stop = StopRequest(announce_stop if main_rank else lambda: None)
     stop.install()
@@ -138,12 +139,11 @@ def _leave_within(seconds: float) -> None:
 
 
 def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> None:
+    warnings = environment.check_node(config)
     own = OwnServers()
     if os.environ["LOCAL_RANK"] == "0" and config.samples_from_server and config.rollout.server.is_own:
-        node = Node.from_environment()
-        check_gpus(config, node)
         # Before the slow imports: the servers do their own meanwhile.
-        own = stack.enter_context(servers_of_node(config, node))
+        own = stack.enter_context(servers_of_node(config, Node.from_environment()))
 
     import torch  # noqa: F401 - its logger exists from here on
 
@@ -152,12 +152,15 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
         from megatron_vespo.rollout_only import generate
 
         log.write_to(config.run_folder / "logs" / "rank_0.log")
+        environment.warn(warnings)
         generate(config, own, stack, stop)
         return
     from megatron_vespo import parallel
+    from megatron_vespo.environment.ranks import check_ranks, check_torch
     from megatron_vespo.training import train
     from megatron_vespo.watchdog import Watchdog
 
+    check_torch()
     # Collectives give up later than the watchdog, which says more.
     parallel.initialize(config.megatron, config.run.seed, timeout_minutes=config.run.stuck_timeout / 60 + 5)
     stack.callback(parallel.shutdown)
@@ -165,6 +168,7 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
     logs = config.run_folder / "logs"
     log.write_to(logs / f"rank_{parallel.rank()}.log")
     own.move_logs(logs)
+    check_ranks(config, warnings)
     own.urls = [url for urls in parallel.gather_values(own.urls, list[str]) for url in urls]
     watchdog = Watchdog(config.run.stuck_timeout, logs)
     watchdog.start()

@@ -9,6 +9,8 @@ from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import check_megatron_options, data_parallel_size
 from megatron_vespo.metrics.conditions import choose_conditions, stop_after
+from megatron_vespo.plan.check import check_plan
+from megatron_vespo.plan.sizes import Facts
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.placement import Node, check_placement
@@ -61,6 +63,27 @@ def check_servers(config: Config, node: Node) -> None:
             f"placement.servers_per_node: nothing is started where rollout.server.{config.rollout.server.named_by} says"
             " where the servers are; leave one of the two out"
         )
+
+
+def check_parallel_plan(config: Config, world_size: int, ranks_per_node: int) -> list[str]:
+    """Check that model, samples and servers fit the ranks; to be called after :func:`check_config`. It imports torch.
+
+    Args:
+        config: Configuration.
+        world_size: Ranks of the job.
+        ranks_per_node: Ranks on each node.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: The architecture is not supported, or everything that is wrong with the plan, a line each.
+    """
+    from megatron_vespo.models.registry import load_architecture
+
+    architecture = load_architecture(config.model.hf_path)
+    facts = Facts(architecture.transformer_config(), architecture.vocab_size, architecture.context_length)
+    return check_plan(config, facts, world_size, ranks_per_node)
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from megatron_vespo import environment, guard
-from megatron_vespo.checks import check_config, describe_layout
+from megatron_vespo.checks import check_config, check_parallel_plan, describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import describe_config, dump_config, load_config
 from megatron_vespo.errors import UserError
@@ -148,6 +148,10 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
     import torch  # noqa: F401 - its logger exists from here on
 
     log.adopt("torch")
+    world_size = int(os.environ["WORLD_SIZE"])
+    for warning in check_parallel_plan(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))):
+        if os.environ["RANK"] == "0":
+            print(f"warning: {warning}", file=sys.stderr, flush=True)  # noqa: T201
     if config.objective == "rollout":
         from megatron_vespo.rollout_only import generate
 

@@ -50,8 +50,8 @@ class ModelSection(Section):
     layer_spec: Literal["local", "transformer_engine"] = "local"
     """`local` is torch-native and runs anywhere; `transformer_engine` needs a GPU."""
     fp8_scope: Literal["experts", "all"] = "experts"
-    """Where megatron.fp8 is on: in the experts' matrix products alone, while attention and the rest stay in bfloat16, or
-    in all linear layers. Router, embedding and output layer never are."""
+    """Where megatron.fp8 is on: in the experts' matrix products alone, while attention and the rest stay in bfloat16,
+    or in all linear layers. Router, embedding and output layer never are."""
     make_vocab_size_divisible_by: int = Field(default=128, ge=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size, as in Megatron-LM."""
 
@@ -121,8 +121,8 @@ class PlacementSection(Section):
     mode: Literal["disaggregated", "colocate"] = "disaggregated"
     """`disaggregated`: the servers have devices of their own, those of the node after the trainer's, and weights reach
     them over a process group. `colocate`: trainer and servers share the same devices in turns; each gives its memory up
-    for the other's turn, and weights are handed over in the device's memory (weight_sync.transport: tensor). Synchronous
-    training only."""
+    for the other's turn, and weights are handed over in the device's memory (weight_sync.transport: tensor).
+    Synchronous training only."""
     servers_per_node: int = Field(default=1, ge=1)
     """Servers that are started on each node with trainer ranks. One takes sglang.tp_size * pp_size devices, times
     dp_size without data-parallel attention."""

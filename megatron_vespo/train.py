@@ -149,9 +149,9 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
 
     log.adopt("torch")
     world_size = int(os.environ["WORLD_SIZE"])
-    for warning in check_parallel_plan(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))):
-        if os.environ["RANK"] == "0":
-            print(f"warning: {warning}", file=sys.stderr, flush=True)  # noqa: T201
+    of_plan = check_parallel_plan(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    if os.environ["RANK"] == "0":  # the others find the same
+        warnings += of_plan
     if config.objective == "rollout":
         from megatron_vespo.rollout_only import generate
 

@@ -6,9 +6,9 @@ exponentials and the sum of their products with the logits, as in an online soft
 log-sum-exp alone; the backward pass makes each tile of logits again. That is four matrix products, where a plain
 softmax has three. Ranks that share the vocabulary exchange four numbers a row.
 
-Matrix products are in the dtype of the hidden states, everything else in float32, or float64 for hidden states in
-float64. With hidden states [R, H] in bfloat16, the memory beyond the results is, of a tile's elements, 10 bytes each in
-the forward pass and 6 in the backward pass, and there 6 R H bytes for the sum over tiles that is the hidden gradient.
+With hidden states [R, H] in bfloat16, the memory beyond the results is, of a tile's elements, 10 bytes each in the
+forward pass and 6 in the backward pass on a CPU, 2 in either on a GPU, and 6 R H bytes in the backward pass for the sum
+over tiles that is the hidden gradient. :mod:`tiles` says what a tile is and what is done with it.
 
 Nothing here waits for the device.
 """
@@ -24,12 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_vespo import parallel
-
-TILE_ELEMENTS = 2**20
-"""Logits of a tile where rows are few: 6 MB in the backward pass, and matrix products are at full speed."""
-MIN_TILE_WIDTH = 2048
-"""Vocabulary entries of a tile where rows are many. A tile takes about the memory of the hidden gradient then, to which
-each tile adds [R, H]: with half of this width a CPU takes 3 % more time, with twice of it 1 % less."""
+from megatron_vespo.policy.tiles import LOWEST, tiles_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,98 +120,25 @@ class _TiledLogProbs(torch.autograd.Function):
         hidden_grad = torch.zeros_like(all_hidden, dtype=log_sum_exp.dtype)
         weight_grad = torch.empty_like(weight)
         weight_grad[ctx.entries if ctx.trained else 0 :] = 0
-        scale = (grad / -ctx.temperature).unsqueeze(1)
-        tiles = _Tiles(hidden, ctx.entries, ctx.temperature)
+        scale = grad / -ctx.temperature
+        entropy_scale = None if entropy is None else entropy_grad / -ctx.temperature
+        entropy = None if entropy is None else entropy[: ctx.trained]
+        tiles = tiles_of(hidden, ctx.entries, ctx.temperature)
         for start, stop in tiles.bounds:
             part = weight[start:stop]
-            log_probabilities = tiles.logits(part).sub_(log_sum_exp.unsqueeze(1))
-            of_entropy = None if entropy is None else log_probabilities + entropy[: ctx.trained].unsqueeze(1)
-            probabilities = log_probabilities.exp_()
-            if of_entropy is not None:
-                of_entropy.mul_(probabilities).mul_((entropy_grad / -ctx.temperature).unsqueeze(1))
-            column, inside = _columns(local_targets, start, stop)
-            probabilities.scatter_add_(1, column, -inside.to(probabilities.dtype))
-            logits_grad = probabilities.mul_(scale)
-            logits_grad = tiles.rounded(logits_grad if of_entropy is None else logits_grad.add_(of_entropy))
+            logits_grad = tiles.gradient(part, local_targets - start, log_sum_exp, scale, entropy, entropy_scale)
             torch.mm(logits_grad.t(), hidden, out=weight_grad[start:stop])
             tiles.add_product(hidden_grad[: ctx.trained], logits_grad, part)
         return hidden_grad.to(hidden.dtype), weight_grad, None, None, None, None, None
 
 
-class _Tiles:
-    """The tiles that a vocabulary is walked in, and the memory that they have in turn.
-
-    Attributes:
-        exact: Dtype of what is not a matrix product.
-        width: Vocabulary entries of a tile, but perhaps the last.
-        bounds: First entry of each tile and the one after its last.
-    """
-
-    def __init__(self, hidden: Tensor, entries: int, temperature: float) -> None:
-        self.hidden = hidden
-        self.temperature = temperature
-        self.exact = torch.promote_types(hidden.dtype, torch.float32)
-        rows, size = hidden.shape
-        self.width = min(max(TILE_ELEMENTS // max(rows, 1), MIN_TILE_WIDTH), entries)
-        starts = range(0, entries, self.width) if rows and entries else ()
-        self.bounds = [(start, min(start + self.width, entries)) for start in starts]
-        # Room for [R, H] too, for add_product.
-        self._memory = hidden.new_empty(rows * max(self.width, size), dtype=self.exact)
-        self._products = self._memory if hidden.dtype == self.exact else hidden.new_empty(rows * self.width)
-
-    def logits(self, part: Tensor) -> Tensor:
-        """Logits [R, W] over a part [W, H] of the vocabulary; valid until the next call of any method."""
-        products = _shaped(self._products, len(self.hidden), len(part))
-        torch.mm(self.hidden, part.t(), out=products)
-        logits = products
-        if products.dtype != self.exact:
-            logits = _shaped(self._memory, *products.shape).copy_(products)
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
-
-    def rounded(self, tile: Tensor) -> Tensor:
-        """What is where the logits were, in the dtype of the hidden states."""
-        return tile if tile.dtype == self.hidden.dtype else _shaped(self._products, *tile.shape).copy_(tile)
-
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add left @ right to ``total`` [R, H], which is in the exact dtype."""
-        if total.dtype == left.dtype:
-            total.addmm_(left, right)
-        else:
-            # On a CPU, a sum of two dtypes would make this copy in new memory.
-            total.add_(_shaped(self._memory, *total.shape).copy_(left @ right))
-
-
-def _shaped(memory: Tensor, rows: int, columns: int) -> Tensor:
-    return memory[: rows * columns].view(rows, columns)
-
-
-def _columns(local_targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Column of each row's target in a tile, and whether it has one there; both [R, 1]."""
-    column = (local_targets - start).unsqueeze(1)
-    return column.clamp(0, stop - start - 1), (column >= 0) & (column < stop - start)
-
-
 def _row_sums(hidden: Tensor, vocabulary: Tensor, local_targets: Tensor, temperature: float) -> Tensor:
     """Of each row's logits x here: m = max x, sum exp(x - m), sum exp(x - m) * (x - m), x of the target; [4, R]."""
-    tiles = _Tiles(hidden, len(vocabulary), temperature)
+    tiles = tiles_of(hidden, len(vocabulary), temperature)
     sums = torch.zeros(4, len(hidden), dtype=tiles.exact, device=hidden.device)
-    highest, total, weighted, chosen = sums
-    # Not -inf, of which differences would be NaN.
-    highest.fill_(torch.finfo(tiles.exact).min / 2)
-    chosen.fill_(-torch.inf)
-    memory = sums.new_empty(len(hidden) * tiles.width)
+    sums[0], sums[3] = LOWEST, -torch.inf
     for start, stop in tiles.bounds:
-        logits = tiles.logits(vocabulary[start:stop])
-        column, inside = _columns(local_targets, start, stop)
-        chosen.copy_(torch.where(inside, logits.gather(1, column), chosen.unsqueeze(1)).squeeze(1))
-        new = torch.maximum(highest, logits.amax(1))
-        fall = highest - new
-        factor = fall.exp()
-        exponentials = torch.exp(logits.sub_(new.unsqueeze(1)), out=_shaped(memory, *logits.shape))
-        weighted.add_(fall * total).mul_(factor)
-        total.mul_(factor).add_(exponentials.sum(1))
-        weighted.add_(exponentials.mul_(logits).sum(1))
-        highest.copy_(new)
+        tiles.add_to_sums(sums, vocabulary[start:stop], local_targets - start)
     return sums
 
 

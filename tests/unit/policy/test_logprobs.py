@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import peak_bytes
 from megatron_vespo import parallel
-from megatron_vespo.policy import logprobs
+from megatron_vespo.policy import tiles
 from megatron_vespo.policy.logprobs import TokenLogProbs, token_log_probs
+from megatron_vespo.policy.tiles import TileSize
 from tests.host_syncs import count_host_syncs
 from tests.ranks import run_ranks
 
 ROWS, HIDDEN, PADDED = 9, 6, 32
 Sizes = tuple[int, int]
-"""TILE_ELEMENTS and MIN_TILE_WIDTH."""
+"""Elements and least width of a tile."""
 WHOLE: Sizes = (2**20, 512)
 BY_FIVE: Sizes = (5 * ROWS, 1)  # divides no slice
 AT_LEAST_SEVEN: Sizes = (1, 7)
@@ -82,7 +83,7 @@ def rank_slice(weight: Tensor) -> Tensor:
 
 
 def set_sizes(sizes: Sizes) -> None:
-    logprobs.TILE_ELEMENTS, logprobs.MIN_TILE_WIDTH = sizes
+    tiles.SIZES["cpu"] = TileSize(*sizes)
 
 
 def fill_new_memory_with_nan() -> None:
@@ -96,8 +97,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sizes], None]]:
     """A single rank without a process group, where memory is filled with NaN; gives what sets the size of tiles."""
     monkeypatch.setattr(parallel, "tensor_parallel_size", lambda: 1)
     monkeypatch.setattr(parallel, "tensor_parallel_rank", lambda: 0)
-    for name in ("TILE_ELEMENTS", "MIN_TILE_WIDTH"):
-        monkeypatch.setattr(logprobs, name, getattr(logprobs, name))
+    monkeypatch.setattr(tiles, "SIZES", dict(tiles.SIZES))
     fill_new_memory_with_nan()
     yield set_sizes
     torch.use_deterministic_algorithms(False)

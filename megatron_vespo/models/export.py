@@ -8,7 +8,7 @@ this one is used.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +40,22 @@ class _Message:
 class HfExporter:
     """Streams the sharded weights out under Hugging Face names. Built once, used for every push and save."""
 
-    def __init__(self, chunks: Sequence[GPTModel], architecture: Architecture, bucket_bytes: int = 512 * 2**20) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        architecture: Architecture,
+        bucket_bytes: int = 512 * 2**20,
+        complete: Callable[[], None] = lambda: None,
+    ) -> None:
         """Agree with all ranks on who sends what. A collective.
 
         Args:
             chunks: This rank's part; its parameters are read anew at every ``stream()``.
             architecture: Its architecture.
             bucket_bytes: Rank 0 puts together about this much at a time, and receives as much meanwhile.
+            complete: Called before weights are read: it makes them complete. A collective.
         """
+        self._complete = complete
         rules = weight_rules(architecture)
         self._local: dict[Key, torch.Tensor] = {}
         mine: dict[Key, _Shard] = {}
@@ -75,6 +83,7 @@ class HfExporter:
 
         Every rank must run the iterator to its end.
         """
+        self._complete()
         started: deque[tuple[list[Key], list[_Message]]] = deque()
         for keys in self._buckets:
             started.append((keys, self._start(keys)))

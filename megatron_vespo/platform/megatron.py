@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 from typing import Any
 
+import torch
+
 
 def use_adam(adam: type[Any]) -> None:
     """Let Megatron's optimizers use this Adam where neither Transformer Engine's nor apex's is there.
@@ -21,6 +23,39 @@ def use_adam(adam: type[Any]) -> None:
     if optimizer.USING_PYTORCH_OPTIMIZER:  # optimizer/__init__.py:35
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = adam, False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True  # distrib_optimizer.py:20-35
+
+
+def keep_bucket_padding(optimizer: Any) -> None:
+    """Let what a distributed optimizer gathers for a checkpoint lie where its table of parameters says it does.
+
+    Buckets are padded, and the table counts the padding; the gathered state leaves it out between them
+    (optimizer/distrib_optimizer.py, get_parameter_state_dp_zero). Where there are several buckets, as with
+    ``overlap_grad_reduce``, and one but the last is padded, everything behind it is saved under another parameter's
+    name. Sizes of large models are multiples of 128 and need no padding, except for such numbers of ranks as 6.
+
+    Args:
+        optimizer: A DistributedOptimizer, changed in place.
+    """
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_padded(*args: Any, **kwargs: Any) -> Any:
+        state = gather(*args, **kwargs)
+        for number, buffer in enumerate(optimizer.buffers if state is not None else ()):
+            for tensors in state[number].values():
+                for name, value in tensors.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[name] = _with_padding(value, buffer)
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_padded
+
+
+def _with_padding(gathered: torch.Tensor, buffer: Any) -> torch.Tensor:
+    padded = gathered.new_zeros(buffer.numel)
+    parts = gathered.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        padded[bucket.offset : bucket.offset + len(part)] = part
+    return padded
 
 
 def plan_saves_in_this_process() -> None:

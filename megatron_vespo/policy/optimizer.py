@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vespo import parallel, platform
 from megatron_vespo.errors import UserError
-from megatron_vespo.platform.megatron import use_adam
+from megatron_vespo.platform.megatron import keep_bucket_padding, use_adam
 from megatron_vespo.policy.adam import Adam
 
 
@@ -123,6 +124,9 @@ def build_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParalle
     chained = get_megatron_optimizer(config, chunks)
     if type(chained) is not ChainedOptimizer:
         raise UserError(f"megatron.optimizer: {config.optimizer} is not supported; use adam or sgd")
+    for part in chained.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            keep_bucket_padding(part)
     return Optimizer(chained.chained_optimizers)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_vespo import parallel, platform
 from megatron_vespo.policy.figures import Measured, Sums, TokenScores, checked_table
+from megatron_vespo.policy.gathering import ParameterGathering
 from megatron_vespo.policy.head import log_prob_head
 from megatron_vespo.policy.logprobs import TokenLogProbs
 from megatron_vespo.policy.objectives import Objective
@@ -117,6 +118,7 @@ class Policy:
         config.grad_scale_func = self._optimizer.scale_loss
         for ddp in self._ddp:
             ddp.broadcast_params()
+        self._gathering = ParameterGathering(config, self._ddp)
         self._router_losses: dict[str, float] = {}
         self._reference: HostWeights | None = None
 
@@ -190,6 +192,7 @@ class Policy:
             plan: This data-parallel rank's microbatches.
             temperature: Instead of the policy's own, to see what the sampler's was.
         """
+        self.finish_param_gather()
         for ddp in self._ddp:
             ddp.eval()
         sums = Sums(samples, 0)
@@ -204,21 +207,31 @@ class Policy:
 
     def keep_reference(self) -> None:
         """Keep a copy of the weights, in host memory, as the reference policy."""
+        self.finish_param_gather()
         self._reference = HostWeights(self.chunks)
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it, ``log_probs`` are the reference policy's."""
         assert self._reference is not None
+        self.finish_param_gather()
         return self._reference.in_place()
 
     def optim_step(self) -> StepResult:
         """Clip, step the optimizer, then the schedule; nothing, as Megatron-LM, where the gradient is not finite."""
         learning_rate = self._optimizer.param_groups[0]["lr"]
         successful, grad_norm, _ = self._optimizer.step()
+        self._gathering.begin()
         if successful:
             self._scheduler.step(1)
         norm = math.nan if grad_norm is None else float(grad_norm)
         return StepResult(norm, learning_rate, self._router_losses, skipped=not successful)
+
+    def finish_param_gather(self) -> None:
+        """Make the weights complete on this rank, for whoever reads them outside a training step. A collective.
+
+        With ``overlap_param_gather`` an optimizer step leaves each rank with its own share alone.
+        """
+        self._gathering.finish()
 
     def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as Megatron-LM's checkpoints name them.
@@ -227,6 +240,7 @@ class Policy:
             metadata: Megatron's name for the ways of saving; it is changed.
             is_loading: Whether to load into it.
         """
+        self.finish_param_gather()
         names = ["model"] if len(self.chunks) == 1 else [f"model{number}" for number in range(len(self.chunks))]
         model = {
             name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)
@@ -284,7 +298,9 @@ class Policy:
                     attention_mask=None,
                     packed_seq_params=batch.packed_seq_params,
                     padding_mask=self._padding_mask(batch, ddp),
-                    output_processor=log_prob_head(batch, self._vocab_size, temperature, entropy_gradient),
+                    output_processor=log_prob_head(
+                        batch, self._vocab_size, temperature, entropy_gradient, partial(self._gathering.wait_for, ddp)
+                    ),
                 )
             return output, partial(loss_of, batch)
 

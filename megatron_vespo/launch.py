@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.nodes > 1:
             node = replace(node, meeting_point=MEETING_POINT)
         check_config(config, options.ranks * options.nodes, node)
+        if not options.dry_run:
+            check_before_ranks(config, options.ranks)
         check_parallel_plan(config, options.ranks * options.nodes, options.ranks)  # rank 0 tells its warnings
         refuse_if_locked(config.run_folder)
         check_run_folder(config)
@@ -93,7 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(describe_run(config, rank_arguments, options.ranks, options.nodes, environment))  # noqa: T201
             return 0
-        check_before_ranks(config, options.ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_vespo import connect, parallel
 from megatron_vespo.algorithms.methods import (
@@ -28,6 +28,7 @@ from megatron_vespo.models.cost import sample_cost
 from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader
+from megatron_vespo.models.precision import packed_alignment
 from megatron_vespo.panel import HealthPanel
 from megatron_vespo.parts import Evaluation, PreflightCheck, RolloutSource, WeightPush
 from megatron_vespo.policy.checkpoint import save_hf
@@ -69,9 +70,10 @@ def make_trainer(config: Config, architecture: Architecture, *, resumes: bool = 
     """Build the model, load its weights unless a checkpoint will be, wrap it for training. A collective."""
     section, model = config.megatron, config.model
     optimizer = optimizer_config(section)
+    transformer = transformer_config(architecture, section, model.layer_spec, model.fp8_scope)
     chunks = build_model(
         architecture,
-        transformer_config(architecture, section, model.layer_spec),
+        transformer,
         layer_spec=model.layer_spec,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
     )
@@ -88,11 +90,11 @@ def make_trainer(config: Config, architecture: Architecture, *, resumes: bool = 
         decay_style=config.training.lr_decay_style,
         vocab_size=architecture.vocab_size,
         temperature=config.rollout.temperature if config.objective == "rl" else 1.0,
-        alignment=_alignment(section),
+        alignment=packed_alignment(transformer),
     )
     if anchored:
         policy.keep_reference()
-    exporter = HfExporter(chunks, architecture, config.weight_sync.bucket_megabytes * 2**20)
+    exporter = HfExporter(chunks, architecture, config.weight_sync.bucket_megabytes * 2**20, policy.finish_param_gather)
     checkpoints = Checkpoints(
         config.run_folder / "checkpoints",
         policy,
@@ -118,12 +120,6 @@ def make_saver(
     return Saver(
         trainer.checkpoints, config.checkpoint, config.training.steps, save, data_state, stop_requested, message
     )
-
-
-def _alignment(section: dict[str, Any]) -> int:
-    """Packed microbatches are padded to this: sequence parallelism splits them, FP8 wants multiples of 16."""
-    split = parallel.tensor_parallel_size() if section.get("sequence_parallel") else 1
-    return split * (16 if section.get("fp8") else 1)
 
 
 def make_schedule(config: Config, architecture: Architecture) -> Schedule:

@@ -28,7 +28,7 @@ def check_config(config: Config, world_size: int, node: Node | None = None) -> N
     Raises:
         UserError: The first thing that is wrong, naming the field.
     """
-    check_megatron_options(config.megatron)
+    check_megatron_options(config.megatron, config.model.layer_spec)
     choose_conditions(config.health.warn)
     stop_after(config.health.stop_when)
     _check_ranks(config, world_size)

@@ -12,8 +12,7 @@ DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE = 1
 
 # Options of Megatron that cannot work here or would make the policy another one than the server samples from.
 REFUSED_MEGATRON_OPTIONS: dict[str, str] = {
-    "overlap_param_gather": "weights are sent to the server right after a step, so they must all have been gathered",
-    "overlap_param_gather_with_optimizer_step": "as overlap_param_gather",
+    "overlap_param_gather_with_optimizer_step": "a step may be skipped on every rank, but its gathering has begun then",
     "defer_embedding_wgrad_compute": "the log-probability head makes its own weight gradient, a tile at a time",
     "moe_expert_capacity_factor": "dropping tokens makes the trainer compute another policy than the server",
     "moe_input_jitter_eps": "noise in the router makes the trainer compute another policy than the server",
@@ -21,14 +20,32 @@ REFUSED_MEGATRON_OPTIONS: dict[str, str] = {
     "transformer_impl": "model.layer_spec chooses the implementation",
     "use_mup": "the server knows nothing of its logit scaling",
     "fp8_output_proj": "log-probabilities are computed from the output weight itself",
+    "fp8_param": "weights are loaded, sent to the server and saved in bfloat16, so they are kept in it",
+    "fp8_param_gather": "as fp8_param",
+    "reuse_grad_buf_for_mxfp8_param_ag": "as fp8_param",
+    "fp8_dot_product_attention": "cuDNN's attention in FP8 takes no packed sequences",
+    "fp8_multi_head_attention": "as fp8_dot_product_attention",
+    "fp8_quantizer_factory": "there is no custom recipe",
+    "fp4": "training in 4 bits is not supported",
+    "quant_recipe": "model.fp8_scope says which layers are in FP8",
+    "moe_single_grouped_weight": "weights are loaded and sent expert by expert",
+    "tp_comm_overlap": "its buffers have one size, and packed microbatches differ in length",
+    "overlap_moe_expert_parallel_comm": "its schedule runs the model in pieces, past the log-probability head",
 }
+
+FP8_FORMATS = ("e4m3", "hybrid")
+FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 # The others (sinkhorn, quantile_balancing) choose other experts than the server does.
 LOAD_BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
-def check_megatron_options(megatron: Mapping[str, Any]) -> None:
+def check_megatron_options(megatron: Mapping[str, Any], layer_spec: str = "local") -> None:
     """Refuse options that are known upstream and cannot be honoured here.
+
+    Args:
+        megatron: The ``megatron:`` section.
+        layer_spec: ``model.layer_spec``.
 
     Raises:
         UserError: One of them is set; the message says why it cannot be.
@@ -43,6 +60,55 @@ def check_megatron_options(megatron: Mapping[str, Any]) -> None:
                 f"megatron.moe_router_load_balancing_type: {kind} is not supported: experts must be chosen as the"
                 f" server chooses them; use {', '.join(LOAD_BALANCING)}"
             )
+
+    _check_overlap(megatron)
+    _check_fp8(megatron, layer_spec)
+
+
+def _check_overlap(megatron: Mapping[str, Any]) -> None:
+    """Megatron-LM's own conditions (training/arguments.py), which Megatron-Core does not look at."""
+    if megatron.get("align_param_gather") and not megatron.get("overlap_param_gather"):
+        raise UserError("megatron.align_param_gather: is a way of overlap_param_gather; set both or neither")
+    if not megatron.get("overlap_param_gather"):
+        return
+    for name, reason in (
+        ("use_distributed_optimizer", "nothing is to be gathered without it"),
+        ("overlap_grad_reduce", "weights are gathered in its buckets"),
+    ):
+        if not megatron.get(name):
+            raise UserError(f"megatron.overlap_param_gather: needs {name}: true; {reason}")
+    if megatron.get("moe_shared_expert_overlap"):
+        raise UserError(
+            "megatron.overlap_param_gather: not with moe_shared_expert_overlap, which reads the shared expert's gate"
+            " before it has been gathered; leave out one of them"
+        )
+
+
+def _check_fp8(megatron: Mapping[str, Any], layer_spec: str) -> None:
+    """What can be said of FP8 without a device; ``models.precision`` looks at the device and the model."""
+    fp8, recipe = megatron.get("fp8"), megatron.get("fp8_recipe")
+    if not fp8:
+        if recipe:
+            raise UserError(f"megatron.fp8_recipe: {recipe} does nothing without megatron.fp8; set e4m3 or hybrid")
+        return
+    for name, value, known in (("fp8", fp8, FP8_FORMATS), ("fp8_recipe", recipe, (None, *FP8_RECIPES))):
+        if value not in known:
+            choices = ", ".join(choice for choice in known if choice)
+            raise UserError(f"megatron.{name}: {value!r} is not supported; use one of {choices}")
+    if layer_spec != "transformer_engine":
+        raise UserError(f"megatron.fp8: layer_spec {layer_spec} has no FP8; set model.layer_spec: transformer_engine")
+    if not megatron.get("bf16"):
+        raise UserError("megatron.fp8: needs bf16: true; what is not in FP8 is in bfloat16")
+    if recipe != "delayed":
+        return
+    again = {"layernorm", "moe_act"} & set(megatron.get("recompute_modules") or ())
+    if megatron.get("recompute_granularity") == "selective" and again:
+        raise UserError(
+            f"megatron.recompute_modules: {', '.join(sorted(again))} cannot be recomputed with the delayed recipe; use"
+            " another megatron.fp8_recipe"
+        )
+    if megatron.get("first_last_layers_bf16"):
+        raise UserError("megatron.first_last_layers_bf16: not with the delayed recipe; use another megatron.fp8_recipe")
 
 
 def data_parallel_size(megatron: Mapping[str, Any], world_size: int) -> int:

@@ -14,6 +14,7 @@ from megatron_vespo.batching import plan_microbatches
 from megatron_vespo.models.build import build_model, ddp_config, optimizer_config, transformer_config
 from megatron_vespo.models.conversion import load_hf_weights
 from megatron_vespo.models.hf_files import HfReader
+from megatron_vespo.models.precision import packed_alignment
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy.packing import packed_length
 from megatron_vespo.policy.policy import Policy
@@ -43,8 +44,9 @@ def make_policy(
 ) -> Policy:
     """A policy with these weights on this rank."""
     megatron = OPTIMIZER | megatron
+    chunks = load_model(folder, megatron, layer_spec)
     return Policy(
-        load_model(folder, megatron, layer_spec),
+        chunks,
         ddp_config=ddp_config(megatron),
         optimizer_config=optimizer_config(megatron),
         total_steps=10,
@@ -52,7 +54,7 @@ def make_policy(
         decay_style=decay_style,
         vocab_size=load_architecture(folder).vocab_size,
         temperature=temperature,
-        alignment=megatron.get("tensor_model_parallel_size", 1),
+        alignment=packed_alignment(chunks[0].config),
     )
 
 

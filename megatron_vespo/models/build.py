@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from enum import Enum
 from typing import Any, get_type_hints
 
 import torch
@@ -10,23 +11,16 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
 from megatron_vespo.models.hf_config import Architecture
-from megatron_vespo.models.native import local_block_spec
+from megatron_vespo.models.layer_specs import block_spec, check_installed, defaults
+from megatron_vespo.models.precision import check_shapes, fp8_options
 from megatron_vespo.models.router import with_router
 
-# Ours where Megatron's default does not suit; the ``megatron:`` section overrides them.
-_DEFAULTS: dict[str, Any] = {
-    "moe_token_dispatcher_type": "alltoall",  # the only dispatcher for expert parallelism on every backend
-    "moe_router_load_balancing_type": "none",  # a balancing loss would move the policy away from the reward
-    "moe_aux_loss_coeff": 0.0,
-    "moe_router_bias_update_rate": 0.0,  # and so would moving the bias that experts are chosen with
-}
 # What a model computes is read from its config.json, so that the server and the trainer agree; Megatron's default holds
 # where a family says nothing.
 _ARCHITECTURE_FIELDS = {
@@ -76,6 +70,8 @@ def _typed(config_class: type, section: dict[str, Any]) -> dict[str, Any]:
         value, kind = section[field.name], hints[field.name]
         if kind is torch.dtype and isinstance(value, str):
             value = getattr(torch, value, value)
+        if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
+            value = kind.__members__.get(value, value)
         try:
             adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
             chosen[field.name] = adapter.validate_python(value, strict=True)
@@ -97,17 +93,20 @@ def _dtype(section: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if section.get("bf16") else torch.float16 if section.get("fp16") else torch.float32
 
 
-def transformer_config(architecture: Architecture, section: dict[str, Any], layer_spec: str) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, section: dict[str, Any], layer_spec: str, fp8_scope: str = "experts"
+) -> TransformerConfig:
     """TransformerConfig of a model.
 
     Args:
         architecture: The HF architecture; it fixes the fields that say what the model computes.
         section: The ``megatron:`` section.
         layer_spec: ``local`` or ``transformer_engine``.
+        fp8_scope: With ``megatron.fp8``: ``experts`` or ``all``.
 
     Raises:
-        UserError: The section sets a field that the architecture fixes, a value has a wrong type, or Megatron refuses
-            the combination.
+        UserError: The section sets a field that the architecture fixes, a value has a wrong type, a package is not
+            there, the device has no such FP8, or Megatron refuses the combination.
     """
     fixed = {**architecture.transformer_config(), **_FIXED}
     for name in sorted((fixed.keys() | _ARCHITECTURE_FIELDS) & section.keys()):
@@ -116,19 +115,22 @@ def transformer_config(architecture: Architecture, section: dict[str, Any], laye
     moe = "num_moe_experts" in fixed
     if moe and parallel.tensor_parallel_size() > 1 and not section.get("sequence_parallel"):
         raise UserError("megatron.sequence_parallel: must be true for a mixture of experts with tensor parallelism")
-    grouped = layer_spec == "transformer_engine" and moe
     config_class = MLATransformerConfig if fixed.get("multi_latent_attention") else TransformerConfig
+    options = defaults(layer_spec, architecture)
     if fixed.get("moe_router_score_function") == "sigmoid":
-        section = {"moe_router_dtype": "fp32", **section}  # as the modelling code and the server have these routers
+        options["moe_router_dtype"] = "fp32"  # as the modelling code and the server have these routers
+    options |= section
+    check_installed(options)
     values = {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "init_method_std": architecture.config.get("initializer_range", 0.02),
-        "moe_grouped_gemm": grouped,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
-        **_typed(config_class, {**_DEFAULTS, **section}),
+        **_typed(config_class, options),
+        **fp8_options(section, fp8_scope, experts=moe),
         **(_INTERLEAVED if section.get("virtual_pipeline_model_parallel_size") else {}),
+        **({"moe_grouped_gemm": True} if moe and layer_spec == "transformer_engine" else {}),
         **fixed,
         "transformer_impl": layer_spec,
     }
@@ -139,13 +141,14 @@ def optimizer_config(section: dict[str, Any]) -> OptimizerConfig:
     """OptimizerConfig from the ``megatron:`` section; ``lr`` must be there."""
     if section.get("lr") is None:
         raise UserError("megatron.lr: missing; set the learning rate")
+    section = {name: value for name, value in section.items() if name != "fp8_recipe"}  # that of weights kept in FP8
     values = {"params_dtype": _dtype(section), "min_lr": 0.0, **_typed(OptimizerConfig, section)}
     return _construct(OptimizerConfig, values)
 
 
 def ddp_config(section: dict[str, Any]) -> DistributedDataParallelConfig:
     """DistributedDataParallelConfig from the ``megatron:`` section; gradients are reduced in float32."""
-    values = {"grad_reduce_in_fp32": True, **_DEFAULTS, **section}
+    values = {"grad_reduce_in_fp32": True, **section}
     return _construct(DistributedDataParallelConfig, _typed(DistributedDataParallelConfig, values))
 
 
@@ -153,21 +156,6 @@ def padded_vocab_size(architecture: Architecture, divisible_by: int) -> int:
     """Vocabulary rounded up to a multiple of ``divisible_by`` x tensor-parallel size, as Megatron-LM pads it."""
     multiple = divisible_by * parallel.tensor_parallel_size()
     return -(-architecture.vocab_size // multiple) * multiple
-
-
-def _block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
-    if layer_spec == "local":
-        return local_block_spec(config, vp_stage)
-    try:
-        import transformer_engine.pytorch  # noqa: F401 - Megatron swallows its ImportError and fails later, obscurely
-    except ImportError as error:
-        raise UserError(
-            f"model.layer_spec: transformer_engine needs Transformer Engine, which does not import here ({error});"
-            " use layer_spec: local"
-        ) from error
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
 
 def build_model(
@@ -183,13 +171,16 @@ def build_model(
 
     Returns:
         The chunks of this pipeline stage in order: one, or one for each virtual stage of an interleaved pipeline.
+
+    Raises:
+        UserError: Transformer Engine is not there, or FP8 has no kernel for a layer's shape.
     """
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else (None,):
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=with_router(_block_spec(config, layer_spec, vp_stage)),
+            transformer_layer_spec=with_router(block_spec(config, layer_spec, vp_stage)),
             vocab_size=padded_vocab_size(architecture, make_vocab_size_divisible_by),
             max_sequence_length=architecture.context_length,
             pre_process=parallel.is_first_stage(vp_stage),
@@ -199,4 +190,5 @@ def build_model(
             vp_stage=vp_stage,
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
+    check_shapes(chunks, config)
     return chunks

@@ -194,15 +194,13 @@ def _contents(architecture: Architecture, checkpoint: TorchDistReader) -> Conten
     """
     model = TorchDistModel(architecture)
     stored = {key for key in checkpoint.tensors if "optimizer." not in key and "rng_state" not in key}
-    first: Contents | None = None
-    for scheme in SCHEMES:
-        contents = model.contents(scheme)
-        first = first or contents
+    latent = bool(architecture.transformer_config().get("multi_latent_attention"))
+    candidates = [model.contents(scheme) for scheme in SCHEMES]
+    for contents in (*candidates, *(contents.of_local_layers(latent) for contents in candidates)):
         if {part.key for part in contents.parts} <= stored:
             break
     else:
-        assert first is not None
-        missing = {part.key for part in first.parts} - stored
+        missing = {part.key for part in candidates[0].parts} - stored
         raise UserError(f"{checkpoint.folder}: has no {some(missing)}; config.json in {architecture.source} wants it")
     extra = stored - {part.key for part in contents.parts}
     if extra:

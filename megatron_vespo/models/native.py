@@ -43,6 +43,16 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+class SeparateRMSNorm(RMSNorm):
+    """A norm that Transformer Engine keeps a module of its own. Its checkpoints have an extra state for each, empty."""
+
+    def get_extra_state(self) -> None:
+        """Nothing."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing is to be done."""
+
+
 class PackedAttention(MegatronModule):
     """Causal attention over packed sequences: each segment of ``cu_seqlens`` attends to itself only.
 
@@ -160,7 +170,9 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     first = get_transformer_layer_offset(config, vp_stage)
     ours = experts[first : first + get_num_layers_to_build(config, vp_stage)]
     specs = {has_experts: _layer_spec(config, has_experts) for has_experts in set(ours)}
-    return TransformerBlockSubmodules(layer_specs=[specs[has_experts] for has_experts in ours], layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[has_experts] for has_experts in ours], layer_norm=SeparateRMSNorm
+    )
 
 
 def _layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
@@ -171,17 +183,39 @@ def _layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
         normalization=config.normalization,
     )
     attention = layer.self_attention
-    key = "kv" if config.multi_latent_attention else "k"
-    qk_norm = {"q_layernorm": RMSNorm, f"{key}_layernorm": RMSNorm} if config.qk_layernorm else {}
-    submodules = replace(attention.submodules, core_attention=PackedAttention, **qk_norm)
+    names = _checkpoint_names(config, has_experts)
+
+    def norm(name: str) -> type[RMSNorm]:
+        return RMSNorm if name in names else SeparateRMSNorm
+
+    kinds = ("q", "kv") if config.multi_latent_attention else ("q", "k")
+    qk_norm = {f"{kind}_layernorm": norm(f"self_attention.{kind}_layernorm.") for kind in kinds}
+    submodules = replace(
+        attention.submodules, core_attention=PackedAttention, **(qk_norm if config.qk_layernorm else {})
+    )
     layer = replace(
         layer,
-        input_layernorm=RMSNorm,
-        pre_mlp_layernorm=RMSNorm,
+        input_layernorm=norm("input_layernorm."),
+        pre_mlp_layernorm=norm("pre_mlp_layernorm."),
         self_attention=replace(
             attention,
             module=LatentAttention if config.multi_latent_attention else PackedSelfAttention,
             submodules=submodules,
         ),
+        sharded_state_dict_keys_map=names,
     )
     return ModuleSpec(module=TransformerLayer, submodules=layer)
+
+
+def _checkpoint_names(config: TransformerConfig, has_experts: bool) -> dict[str, str]:
+    """Norms by the names that they have in checkpoints of Transformer Engine's layers, which fuse some of them.
+
+    Megatron's own table for local layers fuses another set than its layers of Transformer Engine do: with experts the
+    norm before them, and none of latent attention's (models/gpt/gpt_layer_specs.py).
+    """
+    names = {} if has_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if not config.multi_latent_attention:
+        return names | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return names | {
+        f"self_attention.{kind}_layernorm.": f"self_attention.linear_{kind}_up_proj.layer_norm_" for kind in ("q", "kv")
+    }

@@ -8,8 +8,9 @@ device: it has shapes and no memory.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ SCHEMES: tuple[dict[str, Any], ...] = (
 """Megatron's ways of naming the same weights: the ``metadata`` argument of ``sharded_state_dict()``."""
 
 _MODEL_DTYPE = torch.bfloat16
+
+# By whether attention is latent: norms as Megatron's layers of Transformer Engine have them -> as its local ones do.
+_LOCAL_NAMES = {
+    False: ((r"\.pre_mlp_layernorm\.", ".mlp.linear_fc1.layer_norm_"),),
+    True: (
+        (r"\.linear_(q|kv)_up_proj\.layer_norm_", r".\1_layernorm."),
+        (r"\.mlp\.linear_fc1\.layer_norm_", ".pre_mlp_layernorm."),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,16 @@ class Contents:
 
     parts: tuple[Part, ...]
     objects: tuple[str, ...]
+
+    def of_local_layers(self, latent_attention: bool) -> Contents:
+        """The same as Megatron-LM saves it with ``--transformer-impl local``; the objects are left as they are."""
+        parts = []
+        for part in self.parts:
+            key = part.key
+            for pattern, local in _LOCAL_NAMES[latent_attention]:
+                key = re.sub(pattern, local, key)
+            parts.append(replace(part, key=key))
+        return Contents(tuple(parts), self.objects)
 
 
 class TorchDistModel:

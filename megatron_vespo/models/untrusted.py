@@ -9,9 +9,11 @@ other is refused before upstream sees it.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,12 @@ _EXTRA_STATE_CLASSES = {
         "QParams",
         "_FormatHelper",
     ),
+    "megatron.core.extensions.transformer_engine": ("TEDelayedScaling",),
+}
+# By which name torch pickles the storage of a tensor; Megatron puts its own function in the place of torch's.
+_TENSOR_LOADERS = {
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
 }
 
 
@@ -88,8 +96,8 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if (module, name) == ("torch.storage", "_load_from_bytes") and "torch._utils" in self._allowed:
-            return _load_tensor  # it would unpickle anything
+        if (module, name) in _TENSOR_LOADERS and "torch._utils" in self._allowed:
+            return _load_tensor  # torch's own would unpickle anything
         raise _RefusedError(f"{module}.{name} has no place there")
 
 
@@ -167,3 +175,21 @@ def _check_extra_state(path: Path, key: str, value: Any) -> None:
         if isinstance(part, torch.Tensor) and part.numel():
             content = io.BytesIO(part.contiguous().view(torch.uint8).numpy().tobytes())
             _read(path, _Unpickler(content, _EXTRA_STATE_CLASSES).load, f"{key} ")
+
+
+@contextmanager
+def extra_states_checked() -> Iterator[None]:
+    """Within it Transformer Engine unpickles extra states, those of delayed scaling (pytorch/_extra_state.py).
+
+    It refuses to unless told that they are to be trusted, as they are when ``check_objects()`` has read them.
+    """
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

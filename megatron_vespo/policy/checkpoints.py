@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_vespo import checkpoint_folder, parallel
 from megatron_vespo.checkpoint_folder import Manifest, iteration_name, read_manifest, temporary_name
 from megatron_vespo.errors import UserError
-from megatron_vespo.models.untrusted import DAMAGE, check_objects, first_line
+from megatron_vespo.models.untrusted import DAMAGE, check_objects, extra_states_checked, first_line
 from megatron_vespo.policy.checkpoint_writer import PlannedSave, Written
 from megatron_vespo.policy.policy import Policy
 from megatron_vespo.policy.random_state import random_state, reseed, restore_random_state
@@ -219,7 +219,8 @@ class Checkpoints:
                 state[_RANDOM] = _random_object(None)
             # No collective from here on, so that a rank that fails keeps none waiting.
             state = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
-            self._policy.load_state_dict(state)
+            with extra_states_checked():
+                self._policy.load_state_dict(state)
             if with_random_state:
                 restore_random_state(state[_RANDOM])
         except (CheckpointingException, CheckpointException, *DAMAGE) as error:

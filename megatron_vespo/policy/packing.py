@@ -91,7 +91,7 @@ def pack(
         samples: The samples of the global minibatch.
         indices: Those of this microbatch, by number.
         trains: Whether a sample has a gradient.
-        alignment: T is padded to a multiple of this (tensor-parallel size under sequence parallelism, 16 for FP8).
+        alignment: T is padded to a multiple of this (``models.precision.packed_alignment``).
         device: Where the tensors go.
         routing: Whether the sampler's experts are wanted.
     """

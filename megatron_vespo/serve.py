@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--url-file",
         metavar="FILE",
-        help="where the addresses go, one a line; in a folder: to a file of this host's name, gone at the end;"
-        " default: rollout.server.url_file",
+        help="where the addresses go, one a line; into a folder (FOLDER/ makes it): in a file of this host's name, gone"
+        " at the end; default: rollout.server.url_file",
     )
     options = parser.parse_intermixed_args(arguments)
     stop = threading.Event()
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         url_file = options.url_file or config.rollout.server.url_file
         if url_file is None:
             raise UserError("--url-file: missing, and so is rollout.server.url_file; name where the addresses shall go")
-        serve(config, Path(url_file), stop)
+        serve(config, _make_folder(url_file), stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return 1
@@ -149,9 +149,19 @@ def _wait_ready(own: OwnServers, stop: threading.Event) -> bool:
     return not stop.is_set()
 
 
+def _make_folder(url_file: str) -> Path:
+    """The path, made where it is said to be a folder, or else the folder that it lies in."""
+    path = Path(url_file)
+    folder = path if url_file.endswith("/") else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--url-file: {folder} cannot be made: {error.strerror or error}") from error
+    return path
+
+
 def _write_addresses(path: Path, urls: Sequence[str]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, "".join(f"{url}\n" for url in urls))
     except OSError as error:
         raise UserError(f"--url-file: {path} cannot be written: {error.strerror or error}") from error

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(locked(config.run_folder))
                 prepare_run_folder(config, dump_config(config))
         except UserError as error:
-            if main_rank:  # the others find the same
+            if os.environ["LOCAL_RANK"] == "0":  # the others of this node find the same
                 print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
             return 1
         try:

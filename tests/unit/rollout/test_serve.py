@@ -78,9 +78,8 @@ def test_addresses_are_written_once_all_are_ready_and_the_file_is_the_trainers(t
 
 def test_in_a_folder_every_host_has_a_file_of_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "urls"
-    folder.mkdir()
-    (folder / "another.txt").write_text("http://another:1\n")
-    with serving(tmp_path, make_tree(tmp_path, 1), "--url-file", str(folder)) as process:
+    with serving(tmp_path, make_tree(tmp_path, 1), "--url-file", f"{folder}/") as process:
+        (folder / "another.txt").write_text("http://another:1\n")
         urls = read_addresses(folder)
         assert urls[0] == "http://another:1" and len(urls) == 2 and answers(urls[1])
         process.send_signal(signal.SIGINT)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 from megatron_vespo.config import Config
@@ -81,6 +82,8 @@ class Facts:
         weights: Bytes of the model's safetensors.
         own_addresses: What this node's name resolves to; asked only where there are several nodes.
         master_addresses: What MASTER_ADDR resolves to; likewise.
+        master_answers: Whether the job's key-value store is where MASTER_ADDR leads; asked where that is this machine.
+        one_machine: Whether the nodes are several agents of torchrun on this machine, as where somebody tries it.
     """
 
     ranks: int = 1
@@ -101,6 +104,8 @@ class Facts:
     weights: int = 0
     own_addresses: tuple[str, ...] = ()
     master_addresses: tuple[str, ...] = ()
+    master_answers: bool = True
+    one_machine: bool = False
 
     def setting(self, name: str) -> str:
         """An environment variable; empty where it is not set."""
@@ -117,7 +122,9 @@ def read_facts(config: Config, ranks: int, nodes: int, node: int) -> Facts:
         node: Which of them this is.
     """
     environment = {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
-    several = nodes > 1
+    several, master = nodes > 1, environment.get("MASTER_ADDR", "")
+    master_addresses = _addresses(master) if several else ()
+    answers = not (several and all_loopback(master_addresses)) or _master_answers()
     return Facts(
         ranks=ranks,
         nodes=nodes,
@@ -136,7 +143,10 @@ def read_facts(config: Config, ranks: int, nodes: int, node: int) -> Facts:
         free_disk=shutil.disk_usage(_existing(config.run_folder)).free,
         weights=sum(path.stat().st_size for path in Path(config.model.hf_path).glob("*.safetensors")),
         own_addresses=_addresses(socket.gethostname()) if several else (),
-        master_addresses=_addresses(environment.get("MASTER_ADDR", "")) if several else (),
+        master_addresses=master_addresses,
+        master_answers=answers,
+        # A host's name may lead to a loopback address by mistake; whoever writes one means it.
+        one_machine=several and answers and (master in ("localhost", "::1") or master.startswith("127.")),
     )
 
 
@@ -225,3 +235,17 @@ def _addresses(name: str) -> tuple[str, ...]:
         return tuple(sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)}))
     except OSError:
         return ()
+
+
+def all_loopback(addresses: tuple[str, ...]) -> bool:
+    """Whether a name leads to this machine alone; also one that leads nowhere."""
+    return all(ip_address(address.partition("%")[0]).is_loopback for address in addresses)
+
+
+def _master_answers() -> bool:
+    """Whether the job's key-value store, which torchrun starts before the ranks, is where they are told."""
+    try:
+        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=2):
+            return True
+    except (OSError, KeyError):
+        return False

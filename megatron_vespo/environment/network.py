@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
-
 from megatron_vespo.config import Config
-from megatron_vespo.environment.facts import Facts
+from megatron_vespo.environment.facts import Facts, all_loopback
 
 
 def gloo_interfaces(facts: Facts, config: Config) -> str | None:
@@ -33,7 +31,7 @@ def nccl_devices(facts: Facts, config: Config) -> str | None:
 
 def loopback_interfaces(facts: Facts, config: Config) -> str | None:
     """Whether nodes are to reach each other by the loopback interface."""
-    if facts.nodes == 1:
+    if facts.nodes == 1 or facts.one_machine:
         return None
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if facts.setting(variable).lstrip("=") == "lo":
@@ -44,19 +42,21 @@ def loopback_interfaces(facts: Facts, config: Config) -> str | None:
 def master(facts: Facts, config: Config) -> str | None:
     """Whether this node finds the one that holds the job's key-value store."""
     name = facts.setting("MASTER_ADDR")
-    if facts.nodes == 1:
+    if facts.nodes == 1 or facts.one_machine:
         return None
     if not facts.master_addresses:
         return f"MASTER_ADDR={name} does not resolve on node {facts.node}"
-    # The first node may know its own name by a loopback address, as Debian's /etc/hosts has it.
-    if _all_loopback(facts.master_addresses) and (facts.node > 0 or name in ("localhost", *facts.master_addresses)):
+    # The node with the store may know its own name by a loopback address, as Debian's /etc/hosts has it.
+    if all_loopback(facts.master_addresses) and not facts.master_answers:
         return f"MASTER_ADDR={name} is a loopback address on node {facts.node} of {facts.nodes}"
     return None
 
 
 def own_name(facts: Facts, config: Config) -> str | None:
     """Whether gloo, which listens where the node's name points to, can be reached by other nodes."""
-    if facts.nodes == 1 or facts.setting("GLOO_SOCKET_IFNAME") or not _all_loopback(facts.own_addresses):
+    if facts.nodes == 1 or facts.one_machine or facts.setting("GLOO_SOCKET_IFNAME"):
+        return None
+    if not all_loopback(facts.own_addresses):
         return None
     addresses = ", ".join(facts.own_addresses) or "no address"
     return f"the name of node {facts.node} resolves to {addresses} there, where gloo would listen"
@@ -73,7 +73,3 @@ def _chosen(setting: str, name: str) -> bool:
     names = [part.partition(":")[0] for part in listed.split(",") if part]
     matches = name in names if exact else name.startswith(tuple(names))
     return matches != setting.startswith("^")
-
-
-def _all_loopback(addresses: tuple[str, ...]) -> bool:
-    return all(ip_address(address.partition("%")[0]).is_loopback for address in addresses)

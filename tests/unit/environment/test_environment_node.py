@@ -1,6 +1,7 @@
 """Facts of this very machine, and what becomes of findings."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_names_are_resolved_for_several_nodes(tmp_path: Path, monkeypatch: pytes
     assert read_facts(make_config(tmp_path), ranks=1, nodes=2, node=1).master_addresses == ("127.0.0.1",)
     monkeypatch.setenv("MASTER_ADDR", "no such name")
     assert read_facts(make_config(tmp_path), ranks=1, nodes=2, node=1).master_addresses == ()
+
+
+def test_agents_on_one_machine_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
+        assert read_facts(config, 1, 2, 1).one_machine and not read_facts(config, 1, 1, 0).one_machine
+        monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
+        assert not read_facts(config, 1, 2, 1).one_machine
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert not read_facts(config, 1, 2, 1).one_machine, "nobody answers: the store is on another machine"
 
 
 def test_the_servers_interpreter_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

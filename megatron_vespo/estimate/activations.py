@@ -13,9 +13,26 @@ from typing import Any
 
 from megatron_vespo.plan.sizes import Facts, Parallelism
 
-# As policy.logprobs has them, which a test compares; to import them takes as long as all of Megatron.
-TILE_ELEMENTS = 2**20
-MIN_TILE_WIDTH = 2048
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tile of logits of the log-probability head, as ``policy.tiles`` has it, which takes long to import.
+
+    Attributes:
+        elements: Logits where rows are few.
+        least_width: Vocabulary entries where rows are many.
+        beside: Bytes of each logit beside the product itself, in the forward pass and in the backward pass.
+        shared: Whether the product that is added to the hidden gradient lies where the tile lies.
+    """
+
+    elements: int
+    least_width: int
+    beside: tuple[int, int]
+    shared: bool
+
+
+TILES = {"cpu": Tile(2**20, 2048, (8, 4), True), "cuda": Tile(2**27, 4096, (0, 0), False)}
+"""By type of device, for bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +166,7 @@ def stage_activations(
     return alive * tokens * kept, (recompute.layers + 1) * tokens * worked_on
 
 
-def head_memory(rows: int, hidden: int, vocab_of_rank: int, element: int) -> float:
+def head_memory(rows: int, hidden: int, vocab_of_rank: int, element: int, device: str = "cuda") -> float:
     """Bytes of the log-probability head at its highest: the larger of the two passes of ``policy.logprobs``.
 
     Args:
@@ -157,10 +174,13 @@ def head_memory(rows: int, hidden: int, vocab_of_rank: int, element: int) -> flo
         hidden: Width of the model.
         vocab_of_rank: Rows of the output weight on a rank.
         element: Bytes of a hidden state's element.
+        device: Type of device.
     """
-    width = min(max(TILE_ELEMENTS // max(rows, 1), MIN_TILE_WIDTH), vocab_of_rank)
-    tile = rows * width
-    forward = (8 + element) * tile
-    # A tile, or the product that is added to the float32 gradient in its place; both gradients; that in float32.
-    backward = 4 * rows * max(width, hidden) + element * (tile + rows * hidden + vocab_of_rank * hidden)
-    return element * rows * hidden + max(forward, backward + 4 * rows * hidden)
+    kind = TILES[device]
+    tile = rows * min(max(kind.elements // max(rows, 1), kind.least_width), vocab_of_rank)
+    states = rows * hidden
+    forward, backward = ((element + beside) * tile for beside in kind.beside)
+    if kind.shared:
+        backward = element * tile + max(kind.beside[1] * tile, 4 * states)
+    # The hidden states; and going back their gradient, summed in float32, a tile's share of it, and the weight's.
+    return element * states + max(forward, backward + (4 + element) * states + element * vocab_of_rank * hidden)

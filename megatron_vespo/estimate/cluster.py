@@ -66,6 +66,11 @@ def make_cluster(config: Config, nodes: int, gpus_per_node: int, server_nodes: i
         return Cluster(training, gpus_per_node, gpus_per_node, number, number * each, False, server_nodes)
     per_node = config.placement.servers_per_node
     if config.placement.mode == "colocate":
+        if per_node * each > gpus_per_node:
+            raise UserError(
+                f"placement.servers_per_node={per_node} with {each} devices a server need {per_node * each} of a node's"
+                f" {gpus_per_node} GPUs; use {max(gpus_per_node // each, 1)}, or a smaller sglang.tp_size"
+            )
         return Cluster(training, gpus_per_node, gpus_per_node, training * per_node, training * per_node * each, True, 0)
     ranks = gpus_per_node - per_node * each
     if ranks < 1:

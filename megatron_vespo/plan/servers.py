@@ -40,10 +40,8 @@ def _server(config: Config, facts: Facts) -> Iterator[Problem]:
         )
     if not facts.experts:
         return
-    if tensor % expert or facts.experts % expert:
-        yield Problem(
-            f"sglang.ep_size={expert} must divide sglang.tp_size={tensor} and the model's {facts.experts} experts"
-        )
+    if facts.experts % expert:
+        yield Problem(f"sglang.ep_size={expert} does not divide the model's {facts.experts} experts")
         return
     width, parts = facts.transformer["moe_ffn_hidden_size"], tensor // expert
     if width % parts:
@@ -58,18 +56,11 @@ def _server(config: Config, facts: Facts) -> Iterator[Problem]:
 
 
 def _devices(config: Config, ranks_per_node: int) -> Iterator[Problem]:
-    if config.placement.mode != "colocate":
-        return
     each, number = devices_per_server(config.sglang), config.placement.servers_per_node
-    if each * number > ranks_per_node:
+    idle = ranks_per_node - each * number
+    if config.placement.mode == "colocate" and idle > 0:
         yield Problem(
-            f"placement.servers_per_node={number} with {each} devices a server need {each * number} of the"
-            f" {ranks_per_node} devices that a node trains on; use {max(ranks_per_node // each, 1)}, or a smaller"
-            " sglang.tp_size"
-        )
-    elif each * number < ranks_per_node:
-        yield Problem(
-            f"placement.servers_per_node={number} with {each} devices a server: {ranks_per_node - each * number} of the"
-            f" {ranks_per_node} devices of a node idle while the others generate; use {ranks_per_node // each}",
+            f"placement.servers_per_node={number} with {each} devices a server: {idle} of the {ranks_per_node} devices of"
+            f" a node idle while the others generate; use {ranks_per_node // each}",
             fatal=False,
         )

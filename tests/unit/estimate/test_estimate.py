@@ -24,6 +24,7 @@ from megatron_vespo.estimate.trainer import StateBytes
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.plan.sizes import Parallelism
 from megatron_vespo.policy import logprobs
+from megatron_vespo.policy.tiles import SIZES, TileSize
 from tools.estimate import main
 
 ROOT = Path(__file__).parents[3]
@@ -101,7 +102,8 @@ def test_recomputation_of_some_layers() -> None:
 
 
 def test_the_head_takes_what_is_estimated() -> None:
-    assert (activations.TILE_ELEMENTS, activations.MIN_TILE_WIDTH) == (logprobs.TILE_ELEMENTS, logprobs.MIN_TILE_WIDTH)
+    sizes = {device: TileSize(tile.elements, tile.least_width) for device, tile in activations.TILES.items()}
+    assert sizes == SIZES
     rows, hidden, vocabulary = 1024, 256, 20_000
     weight = torch.randn(vocabulary, hidden, dtype=torch.bfloat16).requires_grad_()
     states = torch.randn(rows, hidden, dtype=torch.bfloat16).requires_grad_()
@@ -116,7 +118,7 @@ def test_the_head_takes_what_is_estimated() -> None:
         return peak_bytes(work)
 
     measured = run_alone(one_rank)
-    assert measured == pytest.approx(head_memory(rows, hidden, vocabulary, 2), rel=0.1)
+    assert measured == pytest.approx(head_memory(rows, hidden, vocabulary, 2, "cpu"), rel=0.1)
 
 
 def run_alone(function: Any) -> Any:
@@ -223,6 +225,9 @@ def test_gpus_are_dealt() -> None:
     tree = make_tree()
     shared = make_cluster(parse_config(tree), 2, 8, 0)
     assert (shared.ranks, shared.servers, shared.gpus) == (16, 4, 16)
+    tree["placement"]["servers_per_node"] = 4
+    with pytest.raises(UserError, match=r"need 16 of a node's 8 GPUs; use 2"):
+        make_cluster(parse_config(tree), 2, 8, 0)
     tree["placement"] = {"servers_per_node": 1}
     apart = make_cluster(parse_config(tree), 2, 8, 0)
     assert (apart.ranks, apart.servers, apart.gpus) == (8, 2, 16)

@@ -75,7 +75,7 @@ class Estimate:
         if self.trainer.total + left > room:
             found.append(
                 f"a trainer GPU needs {(self.trainer.total + left) / 2**30:.1f} of {self.device.memory_gib:.1f} GiB: "
-                + _advice(self.trainer)
+                + _advice(self.trainer, self.trainer.total + left - room)
             )
         if self.server is not None and self.server.tokens < self.lengths.longest + self.lengths.prompt:
             found.append(
@@ -86,12 +86,17 @@ class Estimate:
         return found
 
 
-def _advice(memory: TrainerMemory) -> str:
-    """What to change where the trainer does not fit, by what takes most."""
+def _advice(memory: TrainerMemory, excess: float) -> str:
+    """What to change where so many bytes do not fit, by what would be enough or takes most."""
+    if not memory.recomputes and memory.activations > excess:
+        return (
+            f"activations take {memory.activations / 2**30:.1f}; set megatron.recompute_granularity: full"
+            " (recompute_method: uniform, recompute_num_layers: 1)"
+        )
     if memory.activations + memory.working > memory.states:
         return (
-            "activations take most; set megatron.recompute_granularity: full (recompute_method: uniform,"
-            " recompute_num_layers: 1), or raise tensor_model_parallel_size with sequence_parallel"
+            "activations take most; lower training.max_tokens_per_microbatch if samples are short enough, or raise"
+            " megatron.tensor_model_parallel_size with sequence_parallel"
         )
     experts = memory.parameters.experts > memory.parameters.dense
     layout = "expert_model_parallel_size" if experts else "tensor_model_parallel_size"

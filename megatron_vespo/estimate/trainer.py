@@ -82,6 +82,7 @@ class TrainerMemory:
         head: Log-probability head.
         reserved: CUDA, NCCL, workspaces, fragmentation.
         host_optimizer: Master weights and moments that are in host memory.
+        recomputes: Whether whole layers are computed again.
     """
 
     stage: int
@@ -95,6 +96,7 @@ class TrainerMemory:
     head: float
     reserved: float
     host_optimizer: float
+    recomputes: bool
 
     @property
     def states(self) -> float:
@@ -169,4 +171,5 @@ def _stage_memory(
         head=head,
         reserved=assume.reserved_gib * 2**30,
         host_optimizer=optimizer * offloaded,
+        recomputes=Recompute.of(megatron).full,
     )

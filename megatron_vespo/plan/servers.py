@@ -60,7 +60,7 @@ def _devices(config: Config, ranks_per_node: int) -> Iterator[Problem]:
     idle = ranks_per_node - each * number
     if config.placement.mode == "colocate" and idle > 0:
         yield Problem(
-            f"placement.servers_per_node={number} with {each} devices a server: {idle} of the {ranks_per_node} devices of"
-            f" a node idle while the others generate; use {ranks_per_node // each}",
+            f"placement.servers_per_node={number} with {each} devices a server: {idle} of the {ranks_per_node} devices"
+            f" of a node idle while the others generate; use {ranks_per_node // each}",
             fatal=False,
         )

@@ -166,8 +166,10 @@ def test_states_of_30b_by_hand() -> None:
 
 def test_what_does_not_fit_says_what_to_change() -> None:
     (activation_problem,) = make().problems
-    assert "activations take most; set megatron.recompute_granularity: full" in activation_problem
+    assert "; set megatron.recompute_granularity: full" in activation_problem
     assert make(megatron=FULL).problems == []
+    (long_rows,) = make(megatron=FULL, training={"max_tokens_per_microbatch": 400_000}).problems
+    assert "activations take most; lower training.max_tokens_per_microbatch" in long_rows
     (state_problem,) = make(nodes=1, megatron=FULL).problems
     assert "raise megatron.expert_model_parallel_size" in state_problem and "of 79.6 GiB" in state_problem
     assert make(nodes=1, gpu="h200", megatron=FULL).problems == []

@@ -149,6 +149,8 @@ def _stage_memory(
     offloaded = float(megatron.get("optimizer_offload_fraction") or 0) if megatron.get("optimizer_cpu_offload") else 0.0
     quantised = parameters.experts + (parameters.split if config.model.fp8_scope == "all" else 0)
     tokens, element = config.training.max_tokens_per_microbatch, each.weight
+    if config.model.layer_spec == "transformer_engine":
+        megatron = {"bias_activation_fusion": True, **megatron}
     layers = [
         layer_memory(facts, sizes, megatron, facts.moe_layers[number], element, assume.imbalance)
         for number in layer_numbers

@@ -43,13 +43,13 @@ class Case:
     coefficients: Tensor
 
 
-def make_case(rows: int, hidden: int, vocab: int, dtype: torch.dtype) -> Case:
+def make_case(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Case:
     torch.manual_seed(0)
     return Case(
-        torch.randn(rows, hidden).to(dtype).requires_grad_(),
-        (torch.randn(vocab, hidden) * 2 / hidden**0.5).to(dtype).requires_grad_(),
-        torch.randint(vocab, (rows,)),
-        torch.randn(rows) / rows,
+        torch.randn(rows, hidden, device=device).to(dtype).requires_grad_(),
+        (torch.randn(vocab, hidden, device=device) * 2 / hidden**0.5).to(dtype).requires_grad_(),
+        torch.randint(vocab, (rows,), device=device),
+        torch.randn(rows, device=device) / rows,
     )
 
 

@@ -396,6 +396,21 @@ class Config(Section):
         return self.objective != "sft" and self.rollout.replay is None
 
     @property
+    def shares_devices(self) -> bool:
+        """Whether trainer and servers use the same devices in turns."""
+        return self.placement.mode == "colocate" and self.objective == "rl" and self.samples_from_server
+
+    @property
+    def transport(self) -> Literal["broadcast", "delta", "disk", "tensor"]:
+        """How weights are pushed."""
+        return self.weight_sync.transport or ("tensor" if self.shares_devices else "broadcast")
+
+    @property
+    def quantises_pushes(self) -> bool:
+        """Whether the servers sample from FP8 weights, which the trainer quantises."""
+        return self.objective == "rl" and self.samples_from_server and self.sglang.get("quantization") == "fp8"
+
+    @property
     def run_folder(self) -> Path:
         """Folder of this run."""
         return Path(self.run.folder) / (f"{self.run.name}.preflight" if self.preflight.only else self.run.name)

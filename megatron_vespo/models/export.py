@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,46 @@ from megatron_vespo.models.naming import named_weights
 
 Key = tuple[str, ...]
 """HF names of a weight: what identifies it on all ranks."""
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of a tensor of the stream."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Exporter(Protocol):
+    """A stream of the model's weights under Hugging Face names, on every rank."""
+
+    @property
+    def buckets(self) -> list[dict[str, TensorSpec]]:
+        """What each bucket of the stream holds, in order; the same on every rank."""
+        ...
+
+    def stream(self) -> Iterator[list[NamedTensor]]:
+        """Names and tensors, bucket after bucket, on rank 0; empty lists elsewhere.
+
+        A collective, to be run to its end.
+        """
+        ...
+
+    def done(self) -> None:
+        """The tensors of the last stream are not used any more."""
+
+
+def shapes_of(exporter: Exporter) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by their HF names, in the order of the stream."""
+    return {name: spec.shape for bucket in exporter.buckets for name, spec in bucket.items()}
+
 
 # Buckets whose messages are under way beside the one in use.
 _AHEAD = 1
@@ -69,20 +110,17 @@ class HfExporter:
         self._buckets = _bucket(self._shards, bucket_bytes)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors by their HF names, in the order of the stream."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for keys in self._buckets:
-            for key in keys:
-                shard = next(shards[key] for shards in self._shards if key in shards)
-                shapes.update(zip(key, shard.hf_shapes, strict=True))
-        return shapes
+    def buckets(self) -> list[dict[str, TensorSpec]]:
+        """What each bucket of the stream holds, in order; the same on every rank."""
+        return [{name: spec for key in keys for name, spec in self._specs(key)} for keys in self._buckets]
 
-    def stream(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    def stream(self) -> Iterator[list[NamedTensor]]:
         """HF names and tensors, bucket after bucket: on rank 0; the other ranks send and get empty lists. A collective.
 
-        Every rank must run the iterator to its end.
+        Every rank must run the iterator to its end, with the weights on its device.
         """
+        if any(not tensor.untyped_storage().nbytes() for tensor in self._local.values()):
+            raise RuntimeError("the weights are in host memory; it is the servers' turn on the devices")
         self._complete()
         started: deque[tuple[list[Key], list[_Message]]] = deque()
         for keys in self._buckets:
@@ -91,6 +129,14 @@ class HfExporter:
                 yield self._assemble(*started.popleft())
         while started:
             yield self._assemble(*started.popleft())
+
+    def done(self) -> None:
+        """Nothing is held."""
+
+    def _specs(self, key: Key) -> Iterator[tuple[str, TensorSpec]]:
+        shard = next(shards[key] for shards in self._shards if key in shards)
+        for name, shape in zip(key, shard.hf_shapes, strict=True):
+            yield name, TensorSpec(tuple(shape), shard.dtype)
 
     def _start(self, keys: list[Key]) -> list[_Message]:
         """Send this rank's shards of a bucket; on rank 0, receive those of all others."""
@@ -112,7 +158,7 @@ class HfExporter:
             messages.append(_Message(owner, held, flat, work))
         return messages
 
-    def _assemble(self, keys: list[Key], messages: list[_Message]) -> list[tuple[str, torch.Tensor]]:
+    def _assemble(self, keys: list[Key], messages: list[_Message]) -> list[NamedTensor]:
         """The tensors of a bucket, on rank 0."""
         for message in messages:
             message.work.wait()

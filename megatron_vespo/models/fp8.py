@@ -1,4 +1,5 @@
-"""Checkpoints published in FP8: one scale for each block of a weight, multiplied back in when the weight is read.
+"""FP8 with one scale for each block of a weight: multiplied back in when a published checkpoint is read, and found anew
+when weights are pushed to servers that sample from FP8.
 
 Format: ``quantization_config`` in config.json, weights in ``float8_e4m3fn`` and beside each ``<name>_scale_inv`` with
 one number a block; weight = stored value * scale. Source: DeepSeek-V3 ``inference/kernel.py`` (``weight_dequant``),
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 
 from megatron_vespo.errors import UserError
+from megatron_vespo.fp8_format import SCALE_SUFFIX as SCALE_SUFFIX
 
-SCALE_SUFFIX = "_scale_inv"
 DTYPE = "F8_E4M3"
 """The safetensors name of the dtype of a quantised weight."""
 
@@ -85,6 +86,36 @@ def dequantise(part: torch.Tensor, scales: torch.Tensor, block: Block, dim: int,
         index = torch.arange(offset, offset + part.shape[axis]) // extent - offset // extent
         scales = scales.index_select(axis, index)
     return part.float() * scales
+
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+# Exponent below which no scale goes: of a block of zeros, or of numbers that no model has.
+_LEAST_EXPONENT = -100
+
+
+def quantise_blocks(weight: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight to e4m3, with the least power of two for each block's scale that makes it fit.
+
+    A power of two costs no precision, e4m3 being floating point, and keeps what is exact: a weight that was read from
+    e4m3 with such scales comes out as it was, and kernels that know only powers of two (Blackwell's) need not round
+    again.
+
+    Args:
+        weight: [rows, columns], finite.
+        block: Rows and columns of a block; those at the edges may be cut.
+
+    Returns:
+        The stored values, float8_e4m3fn, of the weight's shape, and the scales, float32, [row blocks, column blocks]:
+        weight = value * scale within 2**-4 of each number, or within 2**-10 of the scale where that is more.
+    """
+    rows, columns = scale_shape(tuple(weight.shape), block)
+    padding = (0, columns * block[1] - weight.shape[1], 0, rows * block[0] - weight.shape[0])
+    blocks = torch.nn.functional.pad(weight.float(), padding).view(rows, block[0], columns, block[1])
+    mantissa, exponent = torch.frexp(blocks.abs().amax(dim=(1, 3)) / LARGEST)  # mantissa in [1/2, 1), or 0
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp_(min=_LEAST_EXPONENT)
+    scales = torch.ldexp(torch.ones_like(mantissa), exponent)
+    values = (blocks / scales[:, None, :, None]).view(rows * block[0], columns * block[1])
+    return values[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn).contiguous(), scales
 
 
 def without_quantization(config_json: str) -> str | None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from megatron_vespo import parallel
-from megatron_vespo.models.export import HfExporter
+from megatron_vespo.models.export import HfExporter, shapes_of
 from megatron_vespo.models.registry import load_architecture
 from tests.policies import load_model
 from tests.ranks import run_ranks
@@ -48,7 +48,7 @@ def export(folder: Path, bucket_bytes: int) -> tuple[Counter[str], int, int, int
         names.update(name for name, _ in bucket)
         sizes.append(sum(tensor.nbytes for _, tensor in bucket))
     if parallel.is_main():
-        assert exporter.shapes.keys() == names
+        assert shapes_of(exporter).keys() == names
     return counts, len(names), len(sizes), max(sizes)
 
 

@@ -19,6 +19,7 @@ WORDS = {
     "files",
     "codec",
     "dotted",
+    "fp8_format",
     "guard",
     "checkpoint_folder",
     "processes",

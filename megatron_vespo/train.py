@@ -159,12 +159,14 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
         environment.warn(warnings)
         generate(config, own, stack, stop)
         return
+    from megatron_vespo.environment.cuda import check_torch
+
+    check_torch()  # before Megatron is imported, in one way or the other
     from megatron_vespo import parallel
-    from megatron_vespo.environment.ranks import check_ranks, check_torch
+    from megatron_vespo.environment.ranks import check_ranks
     from megatron_vespo.training import train
     from megatron_vespo.watchdog import Watchdog
 
-    check_torch()
     # Collectives give up later than the watchdog, which says more.
     parallel.initialize(config.megatron, config.run.seed, timeout_minutes=config.run.stuck_timeout / 60 + 5)
     stack.callback(parallel.shutdown)

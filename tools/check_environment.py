@@ -76,10 +76,12 @@ def report(facts: Facts, config: Config) -> tuple[str, bool]:
 
 def compare_ranks(config: Config) -> None:
     """Let the ranks meet, as a run does, and compare them. Raises a UserError where they differ."""
-    from megatron_vespo import parallel
-    from megatron_vespo.environment.ranks import check_ranks, check_torch
+    from megatron_vespo.environment.cuda import check_torch
 
     check_torch()
+    from megatron_vespo import parallel
+    from megatron_vespo.environment.ranks import check_ranks
+
     parallel.initialize({}, seed=1, timeout_minutes=5)
     try:
         check_ranks(config, [])

@@ -1,4 +1,4 @@
-"""What can only be seen once torch is imported, or once the ranks have met."""
+"""What can only be seen once the ranks have met."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from megatron_vespo import parallel
 from megatron_vespo.config import Config
@@ -23,7 +22,6 @@ from megatron_vespo.config_file import dump_config
 from megatron_vespo.environment import job_shape, warn
 from megatron_vespo.environment.checks import Severity
 from megatron_vespo.environment.facts import installed_versions
-from megatron_vespo.environment.gpus import read_gpus
 from megatron_vespo.errors import UserError
 
 # Seconds. torchrun's rendezvous takes a node for dead whose clock is 15 s behind.
@@ -62,32 +60,6 @@ class RankCheck(NamedTuple):
     find: Callable[[Sequence[RankFacts]], str | None]
     severity: Severity
     remedy: str
-
-
-def check_torch() -> None:
-    """Check that torch can use the GPUs that the driver shows, before it quietly takes the CPU instead.
-
-    Raises:
-        UserError: It cannot, or has no NCCL.
-    """
-    gpus = read_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")).count
-    if not gpus or torch.version.cuda is None:
-        return
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"torch {torch.__version__} cannot use the {gpus} GPUs that the driver shows: {_cuda_error()}; try"
-            " `python -c 'import torch; torch.cuda.init()'`, and see docs/environment.md"
-        )
-    if not dist.is_nccl_available():
-        raise UserError(f"torch {torch.__version__} has no NCCL, by which GPUs exchange data; install another build")
-
-
-def _cuda_error() -> str:
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return "torch gives no reason"
 
 
 def check_ranks(config: Config, warnings: list[str], clock: Callable[[], float] = time.time) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_vespo import parallel
 from megatron_vespo.config_file import parse_config
-from megatron_vespo.environment import ranks
+from megatron_vespo.environment import cuda, ranks
 from megatron_vespo.environment.gpus import Gpus
 from megatron_vespo.environment.ranks import RankFacts
 from megatron_vespo.errors import UserError
@@ -142,7 +142,7 @@ def test_other_sources_have_another_digest(tmp_path: Path) -> None:
 
 
 def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.check_torch()  # nothing to say here
-    monkeypatch.setattr(ranks, "read_gpus", lambda visible: Gpus(8))
+    cuda.check_torch()  # nothing to say here
+    monkeypatch.setattr(cuda, "read_gpus", lambda visible: Gpus(8))
     with pytest.raises(UserError, match="cannot use the 8 GPUs that the driver shows: "):
-        ranks.check_torch()
+        cuda.check_torch()

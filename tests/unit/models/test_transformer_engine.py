@@ -21,7 +21,7 @@ from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.layer_specs import APEX_WGRAD, DEEP_EP
 from megatron_vespo.models.precision import _EXPERTS_ALONE, in_fp8, packed_alignment
 from megatron_vespo.models.registry import load_architecture
-from megatron_vespo.models.torch_dist import TorchDistModel
+from megatron_vespo.models.torch_dist import SCHEMES, TorchDistModel
 from megatron_vespo.models.untrusted import _check_extra_state
 from tests.checkpoints import checkpoints_of, differences, state_of
 from tests.policies import load_model, make_policy
@@ -244,26 +244,45 @@ def test_layers_are_transformer_engines_with_this_router(name: str, models: Mode
     assert CLASSES[name].items() <= found.items()
 
 
-def round_trip(folder: Path) -> dict[str, torch.Tensor]:
+def round_trip(folder: Path, section: dict[str, Any]) -> dict[str, torch.Tensor]:
     build_without_gpu()
-    exporter = HfExporter(load_model(folder, {}, TE), load_architecture(folder))
+    exporter = HfExporter(load_model(folder, section, TE), load_architecture(folder))
     return {name: tensor.clone() for tensors in exporter.stream() for name, tensor in tensors}
 
 
 @needs_te
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3", *FAMILIES, "deepseek_v3", "glm4_moe"])
 def test_every_weight_goes_in_and_out_bit_by_bit(name: str, models: Models) -> None:
-    (exported,) = run_ranks(1, round_trip, models[name])
+    (exported,) = run_ranks(1, round_trip, models[name], {})
     assert_bits_equal(exported, read_weights(models[name]))
 
 
-def keys_of_both(folder: Path) -> list[set[tuple[str, str]]]:
+TENSOR_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": TENSOR_PARALLEL,
+    "TP2 ETP2": TENSOR_PARALLEL | {"expert_tensor_parallel_size": 2},
+    "TP2 EP2": TENSOR_PARALLEL | {"expert_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+}
+
+
+@needs_te
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_so_it_does_in_shards(name: str, layout: str, models: Models) -> None:
+    section = LAYOUTS[layout]
+    exported, _ = run_ranks(2, round_trip, models[name], section, **section)
+    assert_bits_equal(exported, read_weights(models[name]))
+
+
+def keys_of_both(folder: Path) -> list[list[set[tuple[str, str]]]]:
+    """For either spec and each of Megatron's ways of naming, what a checkpoint holds."""
     build_without_gpu()
     found = []
     for layer_spec in ("local", TE):
         (chunk,) = load_model(folder, {"bf16": True}, layer_spec)
-        entries = chunk.sharded_state_dict(metadata={"singleton_local_shards": True}).values()
-        found.append({(type(entry).__name__, entry.key) for entry in entries})
+        states = [chunk.sharded_state_dict(metadata=dict(scheme)).values() for scheme in SCHEMES]
+        found.append([{(type(entry).__name__, entry.key) for entry in entries} for entries in states])
     return found
 
 

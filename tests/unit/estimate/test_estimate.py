@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
+from megatron_vespo import parallel
 from megatron_vespo.config_file import parse_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.estimate import activations
@@ -101,7 +102,7 @@ def test_recomputation_of_some_layers() -> None:
     assert kept(**full | {"recompute_method": "block", "recompute_num_layers": 3}) == 6 * memory.input + 2 * memory.kept
 
 
-def test_the_head_takes_what_is_estimated() -> None:
+def test_the_head_takes_what_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {device: TileSize(tile.elements, tile.least_width) for device, tile in activations.TILES.items()}
     assert sizes == SIZES
     rows, hidden, vocabulary = 1024, 256, 20_000
@@ -113,22 +114,9 @@ def test_the_head_takes_what_is_estimated() -> None:
         head = logprobs.token_log_probs(states, weight, targets, trained=rows, vocab_size=vocabulary, temperature=1.0)
         head.log_pi.sum().backward()
 
-    def one_rank() -> int:
-        weight.grad = states.grad = None
-        return peak_bytes(work)
-
-    measured = run_alone(one_rank)
-    assert measured == pytest.approx(head_memory(rows, hidden, vocabulary, 2, "cpu"), rel=0.1)
-
-
-def run_alone(function: Any) -> Any:
-    from megatron_vespo import parallel
-
-    parallel.initialize_alone()
-    try:
-        return function()
-    finally:
-        parallel.shutdown()
+    monkeypatch.setattr(parallel, "tensor_parallel_size", lambda: 1)
+    monkeypatch.setattr(parallel, "tensor_parallel_rank", lambda: 0)
+    assert peak_bytes(work) == pytest.approx(head_memory(rows, hidden, vocabulary, 2, "cpu"), rel=0.1)
 
 
 def make_tree() -> dict[str, Any]:

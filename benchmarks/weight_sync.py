@@ -110,6 +110,7 @@ def make_sync(variant: str, url: str, model: Path, folder: Path, exporter: HfExp
     from megatron_vespo.weight_sync.disk import DiskTransport
     from megatron_vespo.weight_sync.servers import Servers
     from megatron_vespo.weight_sync.sync import WeightSync
+    from megatron_vespo.weight_sync.verify import GroupReports
 
     fleet = Fleet(lambda: [url], lambda url: (SGLangControl(url), SGLangClient(url, vocab_size=1)))
     fleet.meet()
@@ -120,7 +121,7 @@ def make_sync(variant: str, url: str, model: Path, folder: Path, exporter: HfExp
         "delta": lambda: DeltaTransport(servers, BUCKET_BYTES),
     }
     kind, _, unverified = variant.partition(", ")
-    return WeightSync(exporter, fleet, servers, transports[kind](), verify=not unverified)
+    return WeightSync(exporter, fleet, servers, transports[kind](), verify=None if unverified else GroupReports())
 
 
 def timed[T](work: Callable[[], T]) -> tuple[T, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, is_dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from megatron_vespo.algorithms.methods import (
     make_weighting,
 )
 from megatron_vespo.config import Config
+from megatron_vespo.connect import Connection
 from megatron_vespo.data.sft import SupervisedStream, read_supervised
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.evaluation import NoEvaluation
@@ -25,10 +26,11 @@ from megatron_vespo.megatron_options import microbatch_multiple
 from megatron_vespo.models.build import build_model, ddp_config, optimizer_config, transformer_config
 from megatron_vespo.models.conversion import load_hf_weights
 from megatron_vespo.models.cost import sample_cost
-from megatron_vespo.models.export import HfExporter
+from megatron_vespo.models.export import Exporter, HfExporter
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.hf_files import HfReader
 from megatron_vespo.models.precision import packed_alignment
+from megatron_vespo.models.quantised import QuantisedExporter
 from megatron_vespo.panel import HealthPanel
 from megatron_vespo.parts import Evaluation, PreflightCheck, RolloutSource, WeightPush
 from megatron_vespo.policy.checkpoint import save_hf
@@ -48,7 +50,10 @@ from megatron_vespo.weight_sync.delta import DeltaTransport
 from megatron_vespo.weight_sync.disk import DiskTransport
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.sync import WeightSync
+from megatron_vespo.weight_sync.tensor import SharedExporter, TensorTransport
 from megatron_vespo.weight_sync.transport import Transport
+from megatron_vespo.weight_sync.turns import SharedDevices, Turns
+from megatron_vespo.weight_sync.verify import FileReports, GroupReports
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def make_saver(
     data_state: Callable[[], bytes | None],
     stop_requested: Callable[[], bool],
     message: Callable[[str], None],
+    turns: Turns | None = None,
 ) -> Saver:
     """What is saved, and when."""
 
@@ -118,7 +124,7 @@ def make_saver(
         save_hf(trainer.exporter, config.run_folder / "hf" / f"step_{step:06d}", Path(config.model.hf_path))
 
     return Saver(
-        trainer.checkpoints, config.checkpoint, config.training.steps, save, data_state, stop_requested, message
+        trainer.checkpoints, config.checkpoint, config.training.steps, save, data_state, stop_requested, message, turns
     )
 
 
@@ -191,6 +197,7 @@ class Rollouts:
         weight_sync: Pushes.
         sampler: Samples for other purposes than training; None: there is no server.
         preflight_prompts: On rank 0, prompts of the pre-flight.
+        turns: Whose turn it is on devices that trainer and servers share.
     """
 
     service: ResumableSource
@@ -198,32 +205,47 @@ class Rollouts:
     weight_sync: WeightPush
     sampler: RolloutService | None = None
     preflight_prompts: Sequence[Prompt] = ()
+    turns: Turns = field(default_factory=Turns)
 
 
-def make_rollouts(
+@dataclass(frozen=True)
+class Link:
+    """The connection to SGLang: rank 0 has it, the others have part in it.
+
+    Attributes:
+        connection: On rank 0; None elsewhere.
+        turns: Whose turn it is on devices that trainer and servers share.
+    """
+
+    connection: Connection | None
+    turns: Turns
+
+
+def make_link(
     config: Config,
     architecture: Architecture,
     tokenizer: Tokenizer,
-    exporter: HfExporter,
     own: OwnServers,
     stack: ExitStack,
     *,
     announce: Callable[[str], None] = lambda text: None,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> Rollouts:
+    timed: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
+) -> Link:
     """Connect to SGLang. A collective.
 
     Args:
         config: Configuration.
         architecture: Limits of prompts and ids.
         tokenizer: Texts.
-        exporter: Weights to push.
         own: The servers that this rank started and, on rank 0, where those of all nodes are.
         stack: Takes what must be closed at the end.
         announce: Told, on rank 0, what people should know.
         stop_requested: Whether the run shall end.
+        timed: Counts the time that a phase takes.
     """
-    inputs, connection, engine, fleet, servers, transport = None, None, None, None, None, None
+    inputs: connect.Inputs | None = None
+    connection: Connection | None = None
 
     def on_every() -> None:
         nonlocal inputs
@@ -232,31 +254,57 @@ def make_rollouts(
         own.wait_ready()
 
     def on_main() -> None:
-        nonlocal connection, engine, fleet, servers, transport
+        nonlocal connection
         assert inputs is not None
         connection = connect.connect(
             config, architecture, tokenizer, inputs, own, stack, announce=announce, stop_requested=stop_requested
         )
-        engine, fleet, servers = connection.engine, connection.fleet, Servers()
-        transport = _make_transport(config, servers)
 
     parallel.on_every(on_every)
     if not parallel.is_main():  # which watches its own with the others
         own.supervise(config.rollout.server, stack, logging.getLogger(__name__).warning)
     parallel.on_main(on_main)
+    if not config.shares_devices:
+        return Link(connection, Turns())
+    return Link(connection, SharedDevices(None if connection is None else connection.fleet, own.gate, timed))
+
+
+def make_rollouts(config: Config, link: Link, trainer: Trainer, stack: ExitStack) -> Rollouts:
+    """Rollouts from connected servers, pushes to them.
+
+    Args:
+        config: Configuration.
+        link: The servers.
+        trainer: Whose weights are pushed.
+        stack: Takes what must be closed at the end.
+    """
+    connection, turns = link.connection, link.turns
+    turns.memory = trainer.policy.memory
+    exporter: Exporter = trainer.exporter
+    if config.quantises_pushes:
+        exporter = QuantisedExporter(exporter)
+    if config.transport == "tensor":
+        exporter = SharedExporter(exporter)
+    engine, fleet, servers, transport = None, None, None, None
+    if connection is not None:
+        engine, fleet, servers = connection.engine, connection.fleet, Servers()
+        transport = _make_transport(config, servers)
+    shares = config.shares_devices
+    reports = FileReports(config.run_folder / "weights") if shares else GroupReports()
     weight_sync = WeightSync(
         exporter,
         fleet,
         servers,
         transport,
-        pause=config.weight_sync.pause,
-        verify=config.weight_sync.verify != "none",
+        pause=None if shares else config.weight_sync.pause,
+        verify=None if config.weight_sync.verify == "none" else reports,
+        turns=turns,
     )
     service = RolloutService(engine, parallel.broadcast_bytes, weight_sync.push_again)
     stack.callback(weight_sync.close)
     stack.callback(service.close)
     prompts = () if connection is None else connection.preflight
-    return Rollouts(service, connect.make_evaluator(config, service, connection), weight_sync, service, prompts)
+    return Rollouts(service, connect.make_evaluator(config, service, connection), weight_sync, service, prompts, turns)
 
 
 def make_replay(config: Config, architecture: Architecture) -> Rollouts:
@@ -290,6 +338,7 @@ def make_preflight(config: Config, rollouts: Rollouts, algorithm: Algorithm) -> 
         algorithm.weights_at_start,
         config.rollout.temperature,
         config.run_folder,
+        rollouts.turns,
     )
 
 
@@ -302,7 +351,9 @@ def make_health(config: Config, tokenizer: Tokenizer, algorithm: Algorithm, warn
 
 
 def _make_transport(config: Config, servers: Servers) -> Transport:
-    match config.weight_sync.transport:
+    match config.transport:
+        case "tensor":
+            return TensorTransport(servers)
         case "disk":
             return DiskTransport(servers, config.run_folder / "weights", Path(config.model.hf_path))
         case "delta":

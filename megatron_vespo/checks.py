@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vespo.config import Config
@@ -37,6 +38,8 @@ def check_config(config: Config, world_size: int, node: Node | None = None) -> N
     if config.samples_from_server:
         check_servers(config, node or Node(ranks=world_size))
     _check_model(config)
+    if config.objective == "rl" and config.samples_from_server:
+        check_pushes(config)
     if config.rollout.replay is not None:
         _check_replay(config, Path(config.rollout.replay))
     else:
@@ -147,12 +150,67 @@ def _check_model(config: Config) -> None:
     if config.objective == "rl" and config.samples_from_server and _is_quantized(folder):
         raise UserError(
             f"model.hf_path: {folder} is quantized: SGLang would sample from quantized weights and be sent plain ones;"
-            " convert it with tools/hf_to_megatron.py --dtype bf16 and tools/megatron_to_hf.py, and use the result"
+            " convert it with tools/hf_to_megatron.py --dtype bf16 and tools/megatron_to_hf.py, and use the result;"
+            " with sglang.quantization: fp8 the servers sample from FP8 all the same"
         )
     if config.model.initialize == "hf" and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.hf_path: no *.safetensors in {folder}; give a checkpoint with weights, or set"
             " model.initialize=random"
+        )
+
+
+# What does not go with devices that trainer and servers share: whether it is so, and why.
+_NOT_SHARED: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (
+        lambda config: config.rollout.max_staleness > 0,
+        "rollout.max_staleness: servers that share the trainer's devices cannot generate while it trains; set it to 0,"
+        " or placement.mode: disaggregated",
+    ),
+    (
+        lambda config: not config.rollout.server.is_own,
+        "rollout.server: servers that others started are on devices of their own; leave url, url_file and router out,"
+        " or set placement.mode: disaggregated",
+    ),
+    (
+        lambda config: config.transport in ("broadcast", "delta"),
+        "weight_sync.transport: broadcast and delta go over a process group in which no GPU may be twice; leave it out"
+        " (tensor), or use disk, or set placement.mode: disaggregated",
+    ),
+    (
+        lambda config: config.weight_sync.pause != "retract",
+        "weight_sync.pause: no request is in flight during a push where devices are shared; leave it out",
+    ),
+)
+
+
+def check_pushes(config: Config) -> None:
+    """Check how weights are to reach the servers against where the servers are and what they hold.
+
+    Raises:
+        UserError: The first thing that is wrong, naming the field.
+    """
+    if config.shares_devices:
+        for applies, reason in _NOT_SHARED:
+            if applies(config):
+                raise UserError(f"placement.mode=colocate does not go with {reason}")
+    elif config.transport == "tensor":
+        raise UserError(
+            "weight_sync.transport=tensor needs memory that trainer and servers share: set placement.mode: colocate, or"
+            " use broadcast"
+        )
+    if not config.quantises_pushes:
+        return
+    if not config.rollout.server.is_own and config.weight_sync.verify == "none":
+        raise UserError(
+            "sglang.quantization=fp8: servers that others started must hold FP8 weights in blocks as they are pushed"
+            " (start them with megatron_vespo.serve and this configuration), and nothing would say if they do not;"
+            " leave weight_sync.verify: none out"
+        )
+    if config.transport in ("delta", "disk"):
+        raise UserError(
+            f"sglang.quantization=fp8: weights quantised on push travel by broadcast or tensor, not by"
+            f" {config.transport}; leave weight_sync.transport out"
         )
 
 

@@ -124,7 +124,12 @@ def connect(
     fleet, dispatcher = _make_fleet(config, architecture, servers, announce, unpushed_version)
     stack.callback(fleet.close)
     infos = fleet.meet()
-    watch = Watch(fleet, hang_timeout=rollout.server.hang_timeout, max_restarts=rollout.server.max_restarts)
+    watch = Watch(
+        fleet,
+        hang_timeout=rollout.server.hang_timeout,
+        max_restarts=rollout.server.max_restarts,
+        gate=servers.gate,
+    )
     stack.callback(watch.close)
     watch.start()
     engine = RolloutEngine(
@@ -146,6 +151,7 @@ def connect(
             check_failures, max_failed_share=config.reward.max_failed_share, spec=config.reward.function
         ),
         sampled_under=_sampled_under(config),
+        ahead=not config.shares_devices,
         stop_requested=stop_requested,
         announce=announce,
     )
@@ -208,15 +214,15 @@ def _routing(architecture: Architecture) -> tuple[int, int]:
 def _check_info(config: Config) -> Callable[[str, ServerInfo], None]:
     """Servers that others started may lack what runs inside them, or hold a trainer's weights."""
     needs_loader = config.objective == "rl" and (
-        config.weight_sync.transport == "delta" or config.weight_sync.verify != "none"
+        config.transport in ("delta", "tensor") or config.weight_sync.verify != "none"
     )
 
     def check(url: str, info: ServerInfo) -> None:
         if needs_loader and LOADER not in info.weight_loaders:
             raise UserError(
-                f"{url} was started without --custom-weight-loader {LOADER}, which weight_sync.verify and"
-                " transport delta need: start it so, with megatron_vespo on its PYTHONPATH, or set weight_sync.verify:"
-                " none and another transport"
+                f"{url} was started without --custom-weight-loader {LOADER}, which weight_sync.verify and the"
+                " transports delta and tensor need: start it so, with megatron_vespo on its PYTHONPATH, or set"
+                " weight_sync.verify: none and another transport"
             )
         if config.health.router_flips and not info.returns_routed_experts:
             raise UserError(

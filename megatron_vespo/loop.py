@@ -26,7 +26,7 @@ from megatron_vespo.batching import split_minibatches
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import minibatch_metrics, rollout_metrics, supervised_metrics
 from megatron_vespo.metrics.registry import StepMetrics
-from megatron_vespo.parts import Evaluation, Health, PreflightCheck, RolloutSource, Saving, WeightPush
+from megatron_vespo.parts import Evaluation, Health, PreflightCheck, RolloutSource, Saving, Turns, WeightPush
 from megatron_vespo.policy.figures import Measured
 from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators, minibatch_ratios
 from megatron_vespo.policy.policy import Policy
@@ -77,6 +77,7 @@ class Algorithm:
 def train_rl(
     policy: Policy,
     rollouts: RolloutSource,
+    turns: Turns,
     weight_sync: WeightPush,
     evaluator: Evaluation,
     algorithm: Algorithm,
@@ -106,6 +107,7 @@ def train_rl(
         samples = [sample for group in groups for sample in group.samples]
         health.begin(samples)
         log_w: dict[str, float] = {}
+        turns.train()
         with recorder.timed("train"):
             _score(policy, samples, algorithm, schedule)
             for minibatch in split_minibatches(samples, schedule.minibatches_per_step):

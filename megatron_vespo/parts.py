@@ -32,6 +32,13 @@ class RolloutSource(Protocol):
         ...
 
 
+class Turns(Protocol):
+    """Whose turn it is where trainer and servers share devices."""
+
+    def train(self) -> None:
+        """The trainer's. A push ends it, after which it is the servers'."""
+
+
 class WeightPush(Protocol):
     """Where new weights go."""
 

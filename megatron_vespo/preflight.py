@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from megatron_vespo.files import atomic_write
 from megatron_vespo.policy.policy import Policy
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.types import FloatArray, Prompt, Sample, SampleGroup
+from megatron_vespo.weight_sync.turns import Turns
 
 REPORT_FILE = "preflight.json"
 # Share of the mismatch that must go away at another temperature to convict it.
@@ -172,6 +173,7 @@ class Preflight:
         kappa: The weight.
         temperature: Of the trainer's log-probabilities.
         folder: Of the run.
+        turns: Whose turn it is on devices that trainer and servers share.
     """
 
     settings: PreflightSection
@@ -181,6 +183,7 @@ class Preflight:
     kappa: Kappa
     temperature: float
     folder: Path
+    turns: Turns = field(default_factory=Turns)
 
     def run(self, policy: Policy, schedule: Planner, policy_version: int, teller: Teller) -> None:
         """Check, with the server's weights being the policy's, and tell.
@@ -192,13 +195,14 @@ class Preflight:
             samples = self._sample()
             if not any(len(sample.response_ids) for sample in samples):  # asked to stop, or nothing was said
                 return
-            plan = schedule.rank_plan(samples)
-            scores = policy.score(samples, plan)
-            tokens = gather_tokens(
-                samples, [sample.log_mu for sample in samples], scores.log_pi, scores.entropy, policy_version
-            )
-            suspected = self._suspected(tokens)
-            again = policy.score(samples, plan, suspected) if suspected else None
+            with self.turns.scoring():
+                plan = schedule.rank_plan(samples)
+                scores = policy.score(samples, plan)
+                tokens = gather_tokens(
+                    samples, [sample.log_mu for sample in samples], scores.log_pi, scores.entropy, policy_version
+                )
+                suspected = self._suspected(tokens)
+                again = policy.score(samples, plan, suspected) if suspected else None
 
         def conclude() -> None:
             log_pi = None if again is None else np.concatenate(again.log_pi)

@@ -12,6 +12,7 @@ from megatron_vespo.config import CheckpointSection
 from megatron_vespo.errors import UserError
 from megatron_vespo.policy.checkpoints import Checkpoints
 from megatron_vespo.types import Progress
+from megatron_vespo.weight_sync.turns import Turns
 
 _PROGRESS, _DATA = "progress.json", "data.msgpack"
 
@@ -27,6 +28,7 @@ class Saver:
         data_state: Where the data stands, on rank 0: prompts, and what is in flight.
         stop_requested: Whether somebody asked this process to stop.
         message: Says something on the console.
+        turns: Whose turn it is on devices that trainer and servers share.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Saver:
         data_state: Callable[[], bytes | None],
         stop_requested: Callable[[], bool],
         message: Callable[[str], None] = lambda text: None,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns or Turns()
         self._checkpoints, self._settings, self._steps = checkpoints, settings, steps
         self._save_hf, self._data_state = save_hf, data_state
         self._stop_requested, self._message = stop_requested, message
@@ -59,7 +63,8 @@ class Saver:
         if self._settings.interval and (last or progress.step % self._settings.interval == 0):
             self._save(progress)
         if last or (self._settings.hf_interval and progress.step % self._settings.hf_interval == 0):
-            self._save_hf(progress.step)
+            with self._turns.saving():
+                self._save_hf(progress.step)
 
     def leave(self, progress: Progress) -> None:
         """Wait for a save under way; of a run that was stopped early, save where it stands. Raises as `after_step`."""
@@ -73,7 +78,8 @@ class Saver:
         files = None
         if parallel.is_main():
             files = {_PROGRESS: msgspec.json.encode(asdict(progress)), _DATA: self._data_state() or b""}
-        self._checkpoints.save(progress.step, files)
+        with self._turns.saving():
+            self._checkpoints.save(progress.step, files)
         self._saved = progress.step
 
 

@@ -59,6 +59,24 @@ def train(
     schedule = assemble.make_schedule(config, architecture)
     algorithm = assemble.make_algorithm(config)  # before the model: the configuration may be wrong
     progress, data = Progress(), None
+
+    def connect() -> assemble.Link:
+        with recorder.phase(f"connecting to SGLang ({placement})"):
+            return assemble.make_link(
+                config,
+                architecture,
+                tokenizer,
+                own,
+                stack,
+                announce=recorder.message,
+                stop_requested=lambda: stop.requested,
+                timed=recorder.timed,
+            )
+
+    link = None
+    if config.shares_devices:  # the servers measure the devices' free memory when they start: they come first
+        link = connect()
+        link.turns.train()
     with recorder.phase(f"building the model ({layout})"):
         trainer = assemble.make_trainer(config, architecture, resumes=resume_after is not None)
     if resume_after is not None:
@@ -75,17 +93,8 @@ def train(
         train_sft(trainer.policy, batches, schedule, recorder, saver, progress)
         return
     if rollouts is None:
-        with recorder.phase(f"connecting to SGLang ({placement})"):
-            rollouts = assemble.make_rollouts(
-                config,
-                architecture,
-                tokenizer,
-                trainer.exporter,
-                own,
-                stack,
-                announce=recorder.message,
-                stop_requested=lambda: stop.requested,
-            )
+        link = link or connect()
+        rollouts = assemble.make_rollouts(config, link, trainer, stack)
     if data is not None:
         parallel.on_main(partial(rollouts.service.restore, data))
     preflight = assemble.make_preflight(config, rollouts, algorithm)
@@ -98,12 +107,15 @@ def train(
     train_rl(
         trainer.policy,
         rollouts.service,
+        rollouts.turns,
         rollouts.weight_sync,
         rollouts.evaluator,
         algorithm,
         schedule,
         recorder,
-        assemble.make_saver(config, trainer, rollouts.service.state, lambda: stop.requested, recorder.message),
+        assemble.make_saver(
+            config, trainer, rollouts.service.state, lambda: stop.requested, recorder.message, rollouts.turns
+        ),
         assemble.make_health(config, tokenizer, algorithm, recorder.message),
         preflight,
         progress,

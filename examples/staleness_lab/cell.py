@@ -30,6 +30,7 @@ from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy.policy import Policy
 from megatron_vespo.preflight import NoPreflight
 from megatron_vespo.types import Progress
+from megatron_vespo.weight_sync.turns import Turns
 
 
 def make_config(cell: Cell, start: Path) -> Config:
@@ -120,6 +121,7 @@ def run_cell(cell: Cell, start: Path) -> Outcome:
         train_rl(
             cast(Policy, observed),
             rollouts,
+            Turns(),
             rollouts,
             NoEvaluation(),
             algorithm,

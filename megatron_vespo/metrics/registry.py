@@ -42,6 +42,7 @@ PHASES: dict[str, str] = {
     "generate": "Waiting for the samples of this step",
     "train": "Forward, backward and optimizer steps, and recomputed log-probabilities",
     "sync": "Sending weights to the rollout engine",
+    "turns": "Moving memory between trainer and servers that share devices",
     "evaluate": "Held-out evaluation",
     "checkpoint": "Saving checkpoints",
 }

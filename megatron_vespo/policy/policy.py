@@ -31,6 +31,7 @@ from megatron_vespo.policy.gathering import ParameterGathering
 from megatron_vespo.policy.head import log_prob_head
 from megatron_vespo.policy.logprobs import TokenLogProbs
 from megatron_vespo.policy.objectives import Objective
+from megatron_vespo.policy.offload import ALL_PARTS, DeviceMemory, Part
 from megatron_vespo.policy.optimizer import Optimizer, build_optimizer, build_scheduler, mark_experts
 from megatron_vespo.policy.packing import PackedBatch, pack
 from megatron_vespo.policy.reference import HostWeights
@@ -60,7 +61,12 @@ class StepResult:
 
 
 class Policy:
-    """Model, optimizer and schedule of this rank."""
+    """Model, optimizer and schedule of this rank.
+
+    Attributes:
+        chunks: The model.
+        memory: What of it is on the device. Methods assert that it is what they need.
+    """
 
     def __init__(
         self,
@@ -119,6 +125,7 @@ class Policy:
         for ddp in self._ddp:
             ddp.broadcast_params()
         self._gathering = ParameterGathering(config, self._ddp)
+        self.memory = DeviceMemory(self._ddp, self._optimizer, self.finish_param_gather)
         self._router_losses: dict[str, float] = {}
         self._reference: HostWeights | None = None
 
@@ -138,6 +145,7 @@ class Policy:
         Raises:
             UserError: Log-probabilities of a sample are NaN or infinite; on every rank.
         """
+        self.memory.require(*ALL_PARTS)
         for ddp in self._ddp:
             ddp.train()
             ddp.zero_grad_buffer()
@@ -192,6 +200,7 @@ class Policy:
             plan: This data-parallel rank's microbatches.
             temperature: Instead of the policy's own, to see what the sampler's was.
         """
+        self.memory.require(Part.PARAMETERS)
         self.finish_param_gather()
         for ddp in self._ddp:
             ddp.eval()
@@ -218,6 +227,7 @@ class Policy:
 
     def optim_step(self) -> StepResult:
         """Clip, step the optimizer, then the schedule; nothing, as Megatron-LM, where the gradient is not finite."""
+        self.memory.require(*ALL_PARTS)
         learning_rate = self._optimizer.param_groups[0]["lr"]
         successful, grad_norm, _ = self._optimizer.step()
         self._gathering.begin()
@@ -240,6 +250,7 @@ class Policy:
             metadata: Megatron's name for the ways of saving; it is changed.
             is_loading: Whether to load into it.
         """
+        self.memory.require(Part.PARAMETERS, Part.OPTIMIZER)
         self.finish_param_gather()
         names = ["model"] if len(self.chunks) == 1 else [f"model{number}" for number in range(len(self.chunks))]
         model = {

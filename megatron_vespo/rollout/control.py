@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -95,6 +96,18 @@ class SGLangControl:
         """Sample again."""
         self._send(protocol.CONTINUE_GENERATION, QUICK_TIMEOUT)
 
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Give device memory back to the machine: ``kv_cache``, ``weights``, or both. What was in it is lost.
+
+        Generation must be paused by ``retract``: SGLang ends itself where a request is running. It needs its argument
+        ``enable_memory_saver``, without which it says yes and keeps the memory.
+        """
+        self._send(Request("/release_memory_occupation", {"tags": list(tags)}))
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take the memory again, at the same addresses. Only what was released: SGLang ends itself otherwise."""
+        self._send(Request("/resume_memory_occupation", {"tags": list(tags)}))
+
     def begin_weight_update(self) -> None:
         """Open a weight update: weights packed at load time become loadable again."""
         self._send(protocol.BEGIN_WEIGHT_UPDATE)
@@ -178,22 +191,21 @@ class SGLangControl:
             )
         )
 
-    def update_weights_with_loader(self, loader: str, payload: str, workers: int, version: int | None) -> None:
-        """Have each worker call a function of ours with what is in the payload. The cache is flushed.
+    def update_weights_with_loader(self, loader: str, payloads: Sequence[str], version: int | None) -> None:
+        """Have each worker call a function of ours with what is in its payload. The cache is flushed.
 
         SGLang refuses a function that it was not started with; one that raises ends the server.
 
         Args:
             loader: Import path; the server was started with it as ``--custom-weight-loader``.
-            payload: Named tensors, pickled, in base64; the same for every worker.
-            workers: The server's tensor-parallel size.
+            payloads: Named tensors, pickled, in base64, for each tensor-parallel rank of the server.
             version: Policy version that the weights belong to afterwards; None leaves it as it is.
         """
         self._send(
             Request(
                 "/update_weights_from_tensor",
                 {
-                    "serialized_named_tensors": [payload] * workers,
+                    "serialized_named_tensors": list(payloads),
                     "load_format": loader,
                     "weight_version": None if version is None else str(version),
                     "flush_cache": self._flush_cache,

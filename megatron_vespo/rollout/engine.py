@@ -65,6 +65,8 @@ class RolloutEngine:
         settings: How training groups are made.
         check_batch: Raises a UserError for a batch that cannot be trained on.
         sampled_under: Settings by name without which saved samples are of no use to a resumed run.
+        ahead: Whether to generate before a batch is asked for. Otherwise nothing is in flight but while somebody waits
+            for a batch or an evaluation.
         stop_requested: Whether the run shall end; asked while waiting for a batch or an evaluation.
         announce: Told what people should know.
         on_progress: Told (groups done, groups wanted) while a caller waits, in the caller's thread.
@@ -81,6 +83,7 @@ class RolloutEngine:
         *,
         check_batch: Callable[[Sequence[Sample]], None] = lambda samples: None,
         sampled_under: Mapping[str, Any] | None = None,
+        ahead: bool = True,
         stop_requested: Callable[[], bool] = lambda: False,
         announce: Callable[[str], None] = lambda text: None,
         on_progress: ProgressCallback = lambda done, total: None,
@@ -88,7 +91,7 @@ class RolloutEngine:
         self._fleet, self._dispatcher = fleet, dispatcher
         self._prompts, self._buffer, self._scorer, self._settings = prompts, buffer, scorer, settings
         self._check_batch = check_batch
-        self._sampled_under = dict(sampled_under or {})
+        self._sampled_under, self._ahead = dict(sampled_under or {}), ahead
         self._stop_requested, self._announce, self._on_progress = stop_requested, announce, on_progress
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
@@ -104,7 +107,8 @@ class RolloutEngine:
     def start(self) -> None:
         """Start the background thread and admit the first prompts. Weights must have been pushed before."""
         self._thread.start()
-        self._call(self._begin())
+        if self._ahead:
+            self._call(self._send_all())
 
     def take(self) -> list[SampleGroup]:
         """Wait for a batch and hand it out, in order of admission.
@@ -114,6 +118,8 @@ class RolloutEngine:
             WeightsNeeded: Before anything was taken.
             Stopped: Before anything was taken.
         """
+        if not self._ahead:
+            self._call(self._send_all())
         self._wait(self._wait_ready(), self._buffer.groups_per_batch)
         self._fleet.progressed()
         groups = self._call(self._take())
@@ -181,10 +187,11 @@ class RolloutEngine:
         self._on_progress(total, total)
         return result
 
-    async def _begin(self) -> None:
+    async def _send_all(self) -> None:
+        """Send what is admitted and not under way, then as many more prompts as there is room for."""
         self._started = True
         for entry in self._buffer.entries():
-            if entry.group is None:
+            if entry.group is None and entry.prompt.index not in self._tasks:
                 self._send(entry.prompt)
         self._admit()
 
@@ -210,9 +217,9 @@ class RolloutEngine:
         return groups
 
     async def _release(self) -> None:
-        for prompt in self._buffer.release():
-            self._send(prompt)
-        self._admit()
+        self._buffer.release()
+        if self._ahead:
+            await self._send_all()
 
     def _admit(self) -> None:
         while self._started and self._failure is None and self._buffer.can_admit:

@@ -104,6 +104,7 @@ class Fleet:
         self.announce = announce
         self.failure: Exception | None = None
         self.pushing = False
+        self.resting = False
         self.losses = 0
         self.version: int | None = None
         self._addresses, self._open_member, self._check_info = addresses, open_member, check_info
@@ -130,7 +131,7 @@ class Fleet:
         self._read_addresses()
         for member in self.members:
             self.probe(member, strict=True)
-        return [member.info for member in self._present() if member.info is not None]
+        return [member.info for member in self.present() if member.info is not None]
 
     def choose(self) -> Member | None:
         """The server for the next group, in the event loop; None while none is serving."""
@@ -203,23 +204,48 @@ class Fleet:
     def begin_push(self) -> list[Member]:
         """Who gets a push: all servers named now that answer, one at least. No hang is suspected until it ends.
 
+        While the servers rest nobody is waited for, and there may be none.
+
         Raises:
             UserError: Nobody answers for ``patience`` seconds, or a server of ours could not be started again.
         """
         self._read_addresses()
-        for member in self.members:
-            if member.state is State.GONE and member.url not in self.own:
-                self.probe(member)
+        self.look()
+        present = self.present() if self.resting else self.wait_present()
+        self.pushing = True
+        self._note_lives(present)
+        return present
+
+    def wait_present(self) -> list[Member]:
+        """All servers that answer, as soon as one does. Raises as :meth:`begin_push`."""
         deadline = time.monotonic() + self._patience
-        while not (present := self._present()):
+        while not (present := self.present()):
             self.check()
             if time.monotonic() > deadline:
                 reasons = "; ".join(f"{member.url}: {member.reason}" for member in self.members)
                 raise UserError(f"no server answers since {self._patience:g} s: {reasons}")
             time.sleep(POLL_SECONDS)
-        self.pushing = True
-        self._lives = {member.url: member.lives for member in present}
         return present
+
+    def look(self) -> None:
+        """Ask those that are gone, and that nobody here starts again, whether they are back."""
+        for member in self.members:
+            if member.state is State.GONE and member.url not in self.own:
+                self.probe(member)
+
+    def rest(self) -> list[Member]:
+        """Nobody is expected to answer requests, and no start is waited for; who answers now."""
+        self.resting = True
+        self.look()
+        self._note_lives(present := self.present())
+        return present
+
+    def wake(self) -> None:
+        """Requests are answered again."""
+        with self._lock:
+            self.resting = False
+            for member in self._members.values():
+                member.last_answer = time.monotonic()
 
     def end_push(self, pushed: Sequence[Member], version: int) -> None:
         """These servers hold ``version`` now, and nobody else does."""
@@ -267,6 +293,10 @@ class Fleet:
         for member in self.members:
             member.control.close()
 
+    def _note_lives(self, members: Sequence[Member]) -> None:
+        """What is lost from now on is not of an earlier loss."""
+        self._lives = {member.url: member.lives for member in members}
+
     def _forgot(self, member: Member) -> bool:
         """Whether a server that held our weights has its first ones: it died and came back while nobody looked."""
         if self.version is None or member.state is not State.SERVING:
@@ -276,7 +306,8 @@ class Fleet:
         except UserError:
             return False
 
-    def _present(self) -> list[Member]:
+    def present(self) -> list[Member]:
+        """All servers that are not gone."""
         return [member for member in self.members if member.state is not State.GONE]
 
     def _read_addresses(self) -> None:

@@ -14,9 +14,11 @@ from typing import Self
 from megatron_vespo.config import Config, ServerSection
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.addresses import address_towards
+from megatron_vespo.rollout.gate import StartGate
 from megatron_vespo.rollout.gpus import cuda_visible_devices
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.placement import Node, server_devices
+from megatron_vespo.rollout.served_model import served_arguments, served_model
 from megatron_vespo.rollout.server import ANY_ADDRESS, PORT_STRIDE, SGLangServer, free_port
 
 WATCH_SECONDS = 0.25
@@ -31,11 +33,13 @@ class OwnServers:
     Attributes:
         here: Those, by address.
         urls: Addresses of the servers of all nodes, node by node, once somebody has gathered them.
+        gate: Passed by whoever starts one of them again.
     """
 
     def __init__(self, servers: Sequence[SGLangServer] = ()) -> None:
         self.here = {server.url: server for server in servers}
         self.urls = list(self.here)
+        self.gate = StartGate()
 
     @property
     def api_key(self) -> str | None:
@@ -58,6 +62,7 @@ class OwnServers:
             max_restarts=section.max_restarts,
             proof=section.startup_timeout,
             announce=announce,
+            gate=self.gate,
         )
         stack.callback(supervisor.close)
         supervisor.start()
@@ -100,6 +105,7 @@ class Supervisor:
         max_restarts: Restarts in a row that none of a server's lives outlasts by ``proof`` seconds.
         proof: So long must a server run for its earlier restarts to be forgiven.
         announce: Told what people should know; called in the threads that watch.
+        gate: When servers may be started.
     """
 
     def __init__(
@@ -109,8 +115,10 @@ class Supervisor:
         max_restarts: int,
         proof: float,
         announce: Callable[[str], None],
+        gate: StartGate | None = None,
     ) -> None:
         self._max_restarts, self._proof, self._announce = max_restarts, proof, announce
+        self._gate = gate or StartGate()
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._keep, args=(server,), name="server-supervisor", daemon=True)
@@ -147,7 +155,8 @@ class Supervisor:
             restarts += 1
             self._announce(f"the SGLang server at {server.url} died; starting it again; {server.log_tail()}")
             try:
-                server.restart()
+                with self._gate.starting():
+                    server.restart()
             except UserError as error:
                 if not self._ended.is_set():
                     self._announce(str(error))
@@ -204,18 +213,19 @@ def make_servers(
         address: Where other machines reach them; None: they need not.
     """
     section, key, ports = config.rollout.server, server_key(config.rollout.server), list[int]()
+    model, arguments = served_model(config), served_arguments(config)
     servers = []
     for k, (own, log) in enumerate(zip(devices, logs, strict=True)):
         ports.append(free_port(section.host, ports) if section.port is None else section.port + k * PORT_STRIDE)
         servers.append(
             SGLangServer(
-                config.model.hf_path,
+                model,
                 log,
                 device=section.device,
                 host=section.host,
                 port=ports[-1],
                 random_seed=first_seed + k,
-                args={"enable_return_routed_experts": config.health.router_flips} | config.sglang,
+                args={"enable_return_routed_experts": config.health.router_flips} | arguments | config.sglang,
                 environment={"CUDA_VISIBLE_DEVICES": cuda_visible_devices(own)} if section.device == "cuda" else None,
                 python=section.python,
                 startup_timeout=section.startup_timeout,

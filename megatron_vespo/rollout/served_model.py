@@ -10,7 +10,7 @@ from megatron_vespo.config import Config
 from megatron_vespo.files import atomic_write
 from megatron_vespo.fp8_format import quantization_config
 
-FOLDER = "served_model"
+SUFFIX = ".served_model"
 # Weights are pushed before anything is sampled; those of the folder are in another format.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _INDEX_SUFFIX = ".index.json"
@@ -19,8 +19,8 @@ _INDEX_SUFFIX = ".index.json"
 def served_model(config: Config) -> Path:
     """Where the servers find config and tokenizer: the run's own model, or a folder that says it is in FP8.
 
-    The folder, in the run's, is written here: everything of the model's but its weights. Whoever writes it writes the
-    same, so that nodes need not agree on one who does.
+    The folder, beside the run's, which rank 0 may be about to empty, is written here: everything of the model's but its
+    weights. Whoever writes it writes the same, so that nodes need not agree on one who does.
 
     Raises:
         OSError: It cannot be written.
@@ -28,7 +28,7 @@ def served_model(config: Config) -> Path:
     source = Path(config.model.hf_path)
     if not config.quantises_pushes:
         return source
-    folder = config.run_folder / FOLDER
+    folder = config.run_folder.with_name(config.run_folder.name + SUFFIX)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(_INDEX_SUFFIX):

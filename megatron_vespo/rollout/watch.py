@@ -7,6 +7,7 @@ import time
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.fleet import Fleet, Member, State
+from megatron_vespo.rollout.gate import StartGate
 from megatron_vespo.rollout.server import SGLangServer
 
 WATCH_SECONDS = 0.25
@@ -21,10 +22,12 @@ class Watch:
         fleet: The servers.
         hang_timeout: Seconds without an answer, while requests are in flight, after which a server's health is asked.
         max_restarts: Restarts of one of our own servers without ``fleet.progressed()`` between.
+        gate: When servers may be started.
     """
 
-    def __init__(self, fleet: Fleet, *, hang_timeout: float, max_restarts: int) -> None:
+    def __init__(self, fleet: Fleet, *, hang_timeout: float, max_restarts: int, gate: StartGate | None = None) -> None:
         self._fleet, self._hang_timeout, self._max_restarts = fleet, hang_timeout, max_restarts
+        self._gate = gate or StartGate()
         self._probed: dict[str, float] = {}
         self._restarting: set[str] = set()
         self._ended = threading.Event()
@@ -71,7 +74,7 @@ class Watch:
 
     def _is_silent(self, member: Member) -> bool:
         silent = time.monotonic() - member.last_answer > self._hang_timeout
-        return silent and member.in_flight > 0 and not self._fleet.pushing
+        return silent and member.in_flight > 0 and not self._fleet.pushing and not self._fleet.resting
 
     def _begin_restart(self, member: Member, own: SGLangServer) -> None:
         """Start one of our own servers again, unless that is under way, beside watching the others.
@@ -93,8 +96,9 @@ class Watch:
 
     def _restart(self, member: Member, own: SGLangServer) -> None:
         try:
-            own.restart()
-            self._fleet.probe(member, strict=True)
+            with self._gate.starting():
+                own.restart()
+                self._fleet.probe(member, strict=True)
             self._fleet.announce(f"the server at {own.url} is back; it gets the current weights next")
         except Exception as error:  # noqa: BLE001 - raised where the run waits
             self._fail(error)

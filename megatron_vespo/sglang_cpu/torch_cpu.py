@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -35,6 +36,8 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         Spawning is for CUDA, whose state does not survive a fork; here the main process has one thread and no device.
         """
         HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _use_fork, HookType.AFTER)
+        # managers/scheduler_components/weight_updater.py:379 synchronises the device module after giving up memory.
+        HookRegistry.register("torch.get_device_module", _device_module, HookType.AFTER)
         if server_args.enable_deterministic_inference:
             from megatron_vespo.sglang_cpu import determinism  # the sampler's modules, which take a second to import
 
@@ -47,6 +50,11 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 def _use_fork(result: Any, *args: Any, **kwargs: Any) -> None:
     multiprocessing.set_start_method("fork", force=True)
+
+
+def _device_module(result: Any, device: Any = None) -> Any:
+    """A torch built for CUDA names it as the default also where there is none."""
+    return torch.cpu if device is None else result
 
 
 def _pin_nothing(buffer: Any, registration_granularity_bytes: int | None = None) -> None:

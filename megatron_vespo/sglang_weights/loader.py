@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_vespo.sglang_weights import wire
+from megatron_vespo.sglang_weights import memory, wire
 from megatron_vespo.sglang_weights.wire import Change
 
 Write = Callable[[torch.Tensor, torch.Tensor], None]
@@ -29,7 +30,7 @@ UNREADABLE = -1
 
 
 def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Do what the trainer asks; a collective of the group that it names.
+    """Do what the trainer asks; a collective where the request names a process group.
 
     Args:
         model: SGLang's model.
@@ -37,15 +38,39 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """
     ((text, _),) = named_tensors
     request = wire.Request.decode(text)
-    group = distributed_c10d._resolve_process_group(distributed_c10d.GroupName(request.group))
     device = next(model.parameters()).device
-    if request.action == "patch":
+    if request.action == "map":
+        _load_shared(model, request, device)
+    elif request.action == "patch":
         flat = torch.empty(sum(c.value_bytes + c.gap_bytes for c in request.changes), dtype=torch.uint8, device=device)
-        dist.broadcast(flat, src=0, group=group)
+        dist.broadcast(flat, src=0, group=_group(request))
         with torch.no_grad():
             model.load_weights(_patches(flat, request.changes))
+    elif request.report:
+        _write(Path(request.report), _report(model, request.changes, device))
     else:
-        dist.gather(_report(model, request.changes, device), dst=0, group=group)
+        dist.gather(_report(model, request.changes, device), dst=0, group=_group(request))
+
+
+def _group(request: wire.Request) -> dist.ProcessGroup:
+    return distributed_c10d._resolve_process_group(distributed_c10d.GroupName(request.group))
+
+
+def _load_shared(model: Any, request: wire.Request, device: torch.device) -> None:
+    """Load tensors that lie in memory of this device; when it returns, the trainer may write there again."""
+    used = sum(change.value_bytes for change in request.changes)
+    flat = memory.open_shared(request.memory, device)[:used]
+    with torch.no_grad():
+        model.load_weights(_patches(flat, request.changes))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _write(path: Path, report: torch.Tensor) -> None:
+    """All of the file or none."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(report.cpu().numpy().tobytes())
+    temporary.replace(path)
 
 
 class _Intercepted(torch.Tensor):

@@ -1,7 +1,8 @@
 """Weights on their way to SGLang, as trainer and server both know them: requests, sparse changes, fingerprints.
 
 Neither Megatron nor SGLang is imported here. A request to the loader announces what the trainer is about to send over
-the process group; it travels in SGLang's ``/update_weights_from_tensor`` as the name of an empty tensor.
+a process group, or says where it lies in memory that both sides share; it travels in SGLang's
+``/update_weights_from_tensor`` as the name of an empty tensor.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import base64
 import json
 import pickle
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
+
+from megatron_vespo.sglang_weights.memory import Handle
 
 WHOLE = -1
 """``Change.count`` of a tensor that is sent as it is."""
@@ -41,6 +44,11 @@ class Change:
     dtype: str
     count: int
 
+    @staticmethod
+    def whole(name: str, tensor: torch.Tensor) -> Change:
+        """All of a tensor."""
+        return Change(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), WHOLE)
+
     @property
     def value_bytes(self) -> int:
         """Bytes of the values sent."""
@@ -68,26 +76,40 @@ class Request:
     """What the loader is asked to do.
 
     Attributes:
-        action: ``patch``: receive one flat uint8 tensor and apply the changes; ``fingerprint``: report fingerprints.
-        group: Name of the process group.
+        action: ``patch``: receive one flat uint8 tensor and apply the changes; ``map``: the same with one that lies in
+            shared memory; ``fingerprint``: report fingerprints.
         changes: The tensors, in the order they are sent; for a fingerprint, dtype and count mean nothing.
+        group: Name of the process group, for what is sent over it and for reports.
+        memory: Of ``map``, the shared memory of each device.
+        report: Path of a file that a report goes to instead of the group, the worker's number appended.
     """
 
     action: str
-    group: str
     changes: tuple[Change, ...]
+    group: str = ""
+    memory: Mapping[str, Handle] = field(default_factory=dict)
+    report: str = ""
 
-    def encode(self) -> str:
-        """As SGLang takes it: named tensors, pickled, in base64."""
-        text = json.dumps([self.action, self.group, [list(asdict(change).values()) for change in self.changes]])
+    def encode(self, worker: int) -> str:
+        """As SGLang takes it for the worker of this number: named tensors, pickled, in base64."""
+        text = json.dumps(
+            {
+                "action": self.action,
+                "changes": [list(asdict(change).values()) for change in self.changes],
+                "group": self.group,
+                "memory": self.memory,
+                "report": f"{self.report}.{worker}" if self.report else "",
+            }
+        )
         return base64.b64encode(pickle.dumps([(text, _EmptyTensor())])).decode()
 
     @staticmethod
     def decode(text: str) -> Request:
         """The request that :meth:`encode` made the name of."""
-        action, group, rows = json.loads(text)
-        changes = (Change(name, tuple(shape), dtype, count) for name, shape, dtype, count in rows)
-        return Request(action, group, tuple(changes))
+        fields = json.loads(text)
+        rows = fields.pop("changes")
+        changes = tuple(Change(name, tuple(shape), dtype, count) for name, shape, dtype, count in rows)
+        return Request(changes=changes, **fields)
 
 
 def find_change(name: str, new: torch.Tensor, old: torch.Tensor) -> tuple[Change, torch.Tensor, torch.Tensor | None]:

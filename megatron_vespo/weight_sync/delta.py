@@ -15,7 +15,7 @@ import torch
 from megatron_vespo import platform
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.sglang_weights.wire import WHOLE, Change, Request, find_change
+from megatron_vespo.sglang_weights.wire import Change, Request, find_change
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.transport import NamedTensors, Sent
 
@@ -89,15 +89,14 @@ class DeltaTransport:
     def _send(self, found: Sequence[_Found]) -> None:
         parts = [values for _, values, _ in found] + [gaps for _, _, gaps in found if gaps is not None]
         flat = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]).to(platform.device())
-        request = Request("patch", self._servers.group_name, tuple(change for change, _, _ in found))
+        request = Request("patch", tuple(change for change, _, _ in found), self._servers.group_name)
         version = self._version
         self._servers.broadcast(flat, lambda control: self._servers.load(control, request, version))
         self.sent.bytes += flat.numel()
 
 
 def _whole(name: str, tensor: torch.Tensor) -> _Found:
-    change = Change(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), WHOLE)
-    return change, tensor, None
+    return Change.whole(name, tensor), tensor, None
 
 
 def _version(control: SGLangControl) -> int | None:

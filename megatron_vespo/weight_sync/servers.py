@@ -119,7 +119,7 @@ class Servers:
         return list(torch.stack(parts[1:]).split(list(self.workers)))
 
     def load(self, control: SGLangControl, request: Request, version: int | None = None) -> None:
-        """Have the workers of one server carry out a request; for the ``announce`` of the collectives.
+        """Have the workers of one server carry out a request; also for the ``announce`` of the collectives.
 
         Args:
             control: The server; it was started with our loader as ``custom_weight_loader``.
@@ -127,7 +127,7 @@ class Servers:
             version: Policy version of the weights afterwards; None leaves it as it is.
         """
         workers = self.workers[self.controls.index(control)]
-        control.update_weights_with_loader(LOADER, request.encode(), workers, version)
+        control.update_weights_with_loader(LOADER, [request.encode(worker) for worker in range(workers)], version)
 
     def leave(self) -> None:
         """Leave the group, which a server that is gone already has left."""

@@ -8,12 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import Values
-from megatron_vespo.models.export import HfExporter
+from megatron_vespo.models.export import Exporter, shapes_of
 from megatron_vespo.rollout.control import PauseMode, SGLangControl
 from megatron_vespo.rollout.fleet import Fleet, Member
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.transport import Transport
-from megatron_vespo.weight_sync.verify import Verifier
+from megatron_vespo.weight_sync.turns import Turns
+from megatron_vespo.weight_sync.verify import GroupReports, Reports, Verifier
 
 _NAMES_SHOWN = 3
 
@@ -26,23 +27,28 @@ class WeightSync:
         fleet: Who the servers are, on rank 0; None elsewhere.
         servers: On rank 0; None elsewhere. Closed with this object.
         transport: On rank 0; None elsewhere. Closed with this object.
-        pause: What happens to requests in flight during a push: ``retract``, ``in_place`` or ``abort``.
-        verify: Take fingerprints on both sides after every push.
+        pause: What happens to requests in flight during a push: ``retract``, ``in_place`` or ``abort``. None: none are,
+            ``turns`` pauses generation.
+        verify: How fingerprints that the servers take after every push come back; None: none are taken.
+        turns: Whose turn it is on devices that trainer and servers share.
     """
 
     def __init__(
         self,
-        exporter: HfExporter,
+        exporter: Exporter,
         fleet: Fleet | None,
         servers: Servers | None,
         transport: Transport | None,
         *,
-        pause: PauseMode = "retract",
-        verify: bool = True,
+        pause: PauseMode | None = "retract",
+        verify: Reports | None = GroupReports(),  # noqa: B008 - it has no state
+        turns: Turns | None = None,
     ) -> None:
         self._exporter, self._fleet, self._servers, self._transport = exporter, fleet, servers, transport
-        self._pause: PauseMode = pause
-        self._verifier = Verifier(servers, exporter.shapes) if verify and servers is not None else None
+        self._pause, self._turns = pause, turns or Turns()
+        self._verifier: Verifier | None = None
+        if verify is not None and servers is not None:
+            self._verifier = Verifier(servers, shapes_of(exporter), verify)
         self._repairs = self._version = 0
         self._members: list[Member] = []
 
@@ -63,6 +69,7 @@ class WeightSync:
         self._version = version
         while not self._attempt(version):
             pass
+        self._turns.sample()
         return self._metrics()
 
     def push_again(self) -> None:
@@ -78,6 +85,7 @@ class WeightSync:
 
     def _attempt(self, version: int) -> bool:
         """Push; False if a server was lost meanwhile and the push must begin anew."""
+        self._turns.push()
         if not parallel.ask_main(lambda: self._survives(lambda: self._begin(version))):
             return False
         failure: UserError | None = None
@@ -86,35 +94,45 @@ class WeightSync:
         except UserError as error:
             failure = error
 
-        def finish() -> None:
+        def finish() -> bool:
             if failure is not None:
                 raise failure
             self._finish(version)
+            return True
 
-        return parallel.ask_main(lambda: self._survives(finish))
+        try:
+            return parallel.ask_main(lambda: self._survives(finish))
+        finally:
+            self._exporter.done()  # only now: other ranks are through while servers still read the last bucket
 
-    def _survives(self, work: Callable[[], None]) -> bool:
-        """Whether the work was done; False if a server was lost, for which another error of it is no error."""
+    def _survives(self, work: Callable[[], bool]) -> bool:
+        """What the work says; False if a server was lost, for which another error of it is no error."""
         assert self._fleet is not None and self._servers is not None  # rank 0
         try:
-            work()
+            return work()
         except UserError as error:
             if not self._fleet.find_lost(self._members, error):
                 raise
             self._servers.leave()
             self._servers.abandon_update()
             return False
-        return True
 
-    def _begin(self, version: int) -> None:
+    def _begin(self, version: int) -> bool:
+        """Open the update on all servers; False if there is none, and the turn is not one for waiting."""
         assert self._fleet is not None and self._servers is not None and self._transport is not None  # rank 0
+        self._members = []  # of an error before there are any, no loss of an earlier one is the cause
         self._members = self._fleet.begin_push()
+        if not self._members:
+            return False
         self._servers.choose(self._members)
-        self._servers.each(lambda control: control.pause_generation(self._pause))
+        if self._pause is not None:
+            pause = self._pause
+            self._servers.each(lambda control: control.pause_generation(pause))
         self._servers.each(SGLangControl.begin_weight_update)
         if self._verifier is not None:
             self._verifier.begin()
         self._transport.begin(version)
+        return True
 
     def _stream(self) -> None:
         """Send bucket after bucket, each while the next one is gathered.
@@ -142,7 +160,8 @@ class WeightSync:
         self._transport.finish()
         self._verify()
         self._servers.each(SGLangControl.end_weight_update)
-        self._servers.each(SGLangControl.continue_generation)
+        if self._pause is not None:
+            self._servers.each(SGLangControl.continue_generation)
         served = self._servers.each(SGLangControl.weight_version)
         for control, its in zip(self._servers.controls, served, strict=True):
             if its != version:

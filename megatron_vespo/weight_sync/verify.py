@@ -6,7 +6,9 @@ lost, changed or stayed old on the way is noticed, whatever the transport. See `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -18,16 +20,72 @@ from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.transport import NamedTensors
 
 
+class Reports(Protocol):
+    """How fingerprints come back from the servers' workers."""
+
+    def collect(self, servers: Servers, changes: Sequence[Change]) -> list[torch.Tensor]:
+        """Of each server [workers, tensors, 3]: elements, fingerprint, number of the dtype; int64, on the CPU."""
+        ...
+
+
+class GroupReports:
+    """Over the process group that rank 0 forms with all workers."""
+
+    def collect(self, servers: Servers, changes: Sequence[Change]) -> list[torch.Tensor]:
+        """As :class:`Reports` says."""
+        like = torch.zeros((len(changes), 3), dtype=torch.int64, device=platform.device())
+        request = Request("fingerprint", tuple(changes), servers.group_name)
+        reports = servers.gather(like, lambda control: servers.load(control, request))
+        return [report.cpu() for report in reports]
+
+
+class FileReports:
+    """As files, where there is no such group: NCCL knows each GPU once, and trainer and servers share them.
+
+    Args:
+        folder: Where the workers of all servers can write, and rank 0 reads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._asked = folder.absolute(), 0
+
+    def collect(self, servers: Servers, changes: Sequence[Change]) -> list[torch.Tensor]:
+        """As :class:`Reports` says."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._asked += 1
+        paths = {control: self._folder / f"{self._asked}_{n}" for n, control in enumerate(servers.controls)}
+        servers.each(
+            lambda control: servers.load(control, Request("fingerprint", tuple(changes), report=str(paths[control])))
+        )
+        return [
+            torch.stack([_take_report(path.with_name(f"{path.name}.{worker}")) for worker in range(workers)])
+            for path, workers in zip(paths.values(), servers.workers, strict=True)
+        ]
+
+
+def _take_report(path: Path) -> torch.Tensor:
+    try:
+        content = path.read_bytes()
+        path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: a server's report on its weights cannot be read: {error.strerror or error}; the run's folder must"
+            " lie where all nodes see it, or set weight_sync.verify: none"
+        ) from error
+    return torch.frombuffer(bytearray(content), dtype=torch.int64).view(-1, 3)
+
+
 class Verifier:
     """Compares the weights of a push with what the servers hold; on rank 0.
 
     Args:
         servers: Who must hold them; started with our loader as ``custom_weight_loader``.
         shapes: Shapes of all tensors by HF name.
+        reports: How the servers answer.
     """
 
-    def __init__(self, servers: Servers, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._servers = servers
+    def __init__(self, servers: Servers, shapes: Mapping[str, tuple[int, ...]], reports: Reports) -> None:
+        self._servers, self._reports = servers, reports
         # A tensor of one element is read as a number by SGLang's loaders, which cannot be followed.
         self._shapes = {name: shape for name, shape in shapes.items() if torch.Size(shape).numel() > 1}
         self._numbers = {name: number for number, name in enumerate(self._shapes)}
@@ -66,11 +124,7 @@ class Verifier:
         return [names[number] for number in wrong.nonzero().view(-1).tolist()]
 
     def _ask(self) -> list[torch.Tensor]:
-        """Of each server [workers, tensors, 3]: elements, fingerprint, number of the dtype."""
-        like = torch.zeros((len(self._shapes), 3), dtype=torch.int64, device=platform.device())
-        request = Request("fingerprint", self._servers.group_name, self._changes)
-        reports = self._servers.gather(like, lambda control: self._servers.load(control, request))
-        reports = [report.cpu() for report in reports]
+        reports = self._reports.collect(self._servers, self._changes)
         if any(bool((report[:, :, 0] == UNREADABLE).any()) for report in reports):
             raise UserError(
                 f"{self._servers.urls}: what the server's model holds cannot be read back, its log says why; set"

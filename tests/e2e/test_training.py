@@ -29,7 +29,8 @@ def push_generate_compare(tree: dict[str, Any]) -> list[float]:
         architecture = load_architecture(config.model.hf_path)
         tokenizer = load_tokenizer(config.model.hf_path)
         trainer = assemble.make_trainer(config, architecture)
-        rollouts = assemble.make_rollouts(config, architecture, tokenizer, trainer.exporter, OwnServers(), stack)
+        link = assemble.make_link(config, architecture, tokenizer, OwnServers(), stack)
+        rollouts = assemble.make_rollouts(config, link, trainer, stack)
         algorithm, schedule = assemble.make_algorithm(config), assemble.make_schedule(config, architecture)
         differences = []
         for version in range(3):

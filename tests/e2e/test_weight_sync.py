@@ -12,7 +12,7 @@ import torch
 
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
-from megatron_vespo.models.export import HfExporter
+from megatron_vespo.models.export import Exporter, HfExporter
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
@@ -23,7 +23,9 @@ from megatron_vespo.weight_sync.delta import DeltaTransport
 from megatron_vespo.weight_sync.disk import DiskTransport
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.sync import WeightSync
+from megatron_vespo.weight_sync.tensor import SharedBucket, SharedExporter, TensorTransport
 from megatron_vespo.weight_sync.transport import Transport
+from megatron_vespo.weight_sync.verify import FileReports, GroupReports
 from tests.policies import load_model
 from tests.ranks import run_ranks
 
@@ -54,9 +56,12 @@ def changed_in_place(chunks: Any, share: float, round_: int) -> None:
 
 def make_sync(kind: str, urls: dict[str, int], model: Path, chunks: Any, folder: Path, verify: bool) -> WeightSync:
     """``urls``: tensor-parallel size by address."""
-    exporter = HfExporter(chunks, load_architecture(model), BUCKET_BYTES)
+    exporter: Exporter = HfExporter(chunks, load_architecture(model), BUCKET_BYTES)
+    if kind == "tensor":
+        exporter = SharedExporter(exporter)
+    reports = (FileReports(folder / "reports") if kind == "tensor" else GroupReports()) if verify else None
     if not parallel.is_main():
-        return WeightSync(exporter, None, None, None, verify=verify)
+        return WeightSync(exporter, None, None, None, verify=reports)
     fleet = Fleet(lambda: list(urls), lambda url: (SGLangControl(url), SGLangClient(url, vocab_size=64)))
     assert [info.tensor_parallel_size for info in fleet.meet()] == list(urls.values())
     servers = Servers()
@@ -64,8 +69,9 @@ def make_sync(kind: str, urls: dict[str, int], model: Path, chunks: Any, folder:
         "disk": DiskTransport(servers, folder, model),
         "broadcast": BroadcastTransport(servers),
         "delta": DeltaTransport(servers, BUCKET_BYTES),
+        "tensor": TensorTransport(servers),
     }
-    return WeightSync(exporter, fleet, servers, transports[kind], verify=verify)
+    return WeightSync(exporter, fleet, servers, transports[kind], verify=reports)
 
 
 def checksums_everywhere(urls: dict[str, int]) -> list[dict[str, str]]:
@@ -139,7 +145,21 @@ class Corrupting:
         return getattr(self.inner, name)
 
     def send(self, tensors: Any) -> None:
+        if isinstance(tensors, SharedBucket):
+            self.corrupt_shared(tensors)
+            self.inner.send(tensors)
+            return
         self.inner.send([(name, self.corrupt(tensor) if name == self.name else tensor) for name, tensor in tensors])
+
+    def corrupt_shared(self, tensors: SharedBucket) -> None:
+        """In the memory that the workers read, which on a CPU is the last rank's."""
+        ((path, nbytes),) = tensors.memory.values()
+        flat = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+        position = 0
+        for name, tensor in tensors:
+            position += tensor.nbytes
+            if name == self.name:
+                flat[position - 4] ^= 1
 
     def corrupt(self, tensor: torch.Tensor) -> torch.Tensor:
         corrupted = tensor.clone()
@@ -161,7 +181,7 @@ def push_corrupted(kind: str, urls: dict[str, int], model: Path, folder: Path, n
         sync.close()
 
 
-@pytest.mark.parametrize("kind", ["disk", "broadcast"])
+@pytest.mark.parametrize("kind", ["disk", "broadcast", "tensor"])
 def test_a_lost_bit_is_an_error_on_every_rank(sglang_server: SGLangServer, tmp_path: Path, kind: str) -> None:
     urls, name = {sglang_server.url: 1}, "model.layers.1.mlp.experts.3.down_proj.weight"
     args = (kind, urls, sglang_server.model_path, tmp_path, name, True)
@@ -186,7 +206,7 @@ def push_to_two(urls: dict[str, int], model: Path, folder: Path) -> list[Any]:
     """Per transport: metrics and checksums after pushing new weights, and after spoiling one server and pushing."""
     chunks = load_model(model, EP2)
     results = []
-    for number, kind in enumerate(("disk", "broadcast", "delta")):
+    for number, kind in enumerate(("disk", "broadcast", "tensor", "delta")):
         changed_in_place(chunks, 0.5, number)
         sync = make_sync(kind, urls, model, chunks, folder, verify=True)
         sync.push(2 * number)
@@ -208,8 +228,8 @@ def test_every_server_and_worker_gets_every_push(
     for pushed, again, _ in results:
         assert pushed == again
     for server in (0, 1):
-        assert len({tuple(pushed[server].values()) for pushed, _, _ in results}) == 3
+        assert len({tuple(pushed[server].values()) for pushed, _, _ in results}) == 4
     assert any(name.startswith("1/") for name in results[0][0][1]), "the second server has two workers"
-    assert [metrics["perf/sync_repairs"] for _, _, metrics in results] == [0, 0, 1]
+    assert [metrics["perf/sync_repairs"] for _, _, metrics in results] == [0, 0, 0, 1]
     with SGLangControl(sharded_server.url) as control:
-        assert control.weight_version() == 5
+        assert control.weight_version() == 7

@@ -161,3 +161,55 @@ def test_a_pre_flight_alone_has_a_folder_of_its_own_and_needs_a_server(tree: dic
     assert parse_config(tree | {"preflight": {"only": True}}).run_folder.name == "r.preflight"
     with pytest.raises(UserError, match=r"preflight.only: there is no pre-flight without a trainer and a server"):
         parse_config(tree | {"preflight": {"only": True}, "objective": "sft"})
+
+
+SHARED = {"placement": {"mode": "colocate"}}
+FP8 = {"sglang": {"quantization": "fp8"}}
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (SHARED | {"rollout": {"max_staleness": 1}}, "rollout.max_staleness"),
+        (SHARED | {"rollout": {"server": {"url": "http://a:1"}}}, "rollout.server"),
+        (SHARED | {"rollout": {"server": {"router": "http://a:1"}}}, "rollout.server"),
+        (SHARED | {"weight_sync": {"transport": "broadcast"}}, "weight_sync.transport"),
+        (SHARED | {"weight_sync": {"transport": "delta"}}, "weight_sync.transport"),
+        (SHARED | {"weight_sync": {"pause": "in_place"}}, "weight_sync.pause"),
+        ({"weight_sync": {"transport": "tensor"}}, "weight_sync.transport=tensor"),
+        (
+            FP8 | {"rollout": {"server": {"url": "http://a:1"}}, "weight_sync": {"verify": "none"}},
+            "sglang.quantization=fp8",
+        ),
+        (FP8 | {"weight_sync": {"transport": "delta"}}, "sglang.quantization=fp8"),
+        (FP8 | {"weight_sync": {"transport": "disk"}}, "sglang.quantization=fp8"),
+    ],
+)
+def test_pushes_that_cannot_work_are_refused(tree: dict[str, Any], changes: dict[str, Any], named: str) -> None:
+    for section, fields in changes.items():
+        tree[section] = tree.get(section, {}) | fields
+    message = refusal(parse_config(tree))
+    assert named in message and ("placement.mode" in message or "leave" in message)
+
+
+@pytest.mark.parametrize(
+    "changes, transport",
+    [
+        ({}, "broadcast"),
+        (SHARED, "tensor"),
+        (SHARED | {"weight_sync": {"transport": "disk"}}, "disk"),
+        (SHARED | FP8, "tensor"),
+        (FP8, "broadcast"),
+    ],
+)
+def test_the_transport_follows_the_placement(tree: dict[str, Any], changes: dict[str, Any], transport: str) -> None:
+    config = parse_config(tree | changes)
+    check_config(config, 1)
+    assert config.transport == transport
+
+
+def test_where_nothing_is_pushed_the_placement_says_nothing(tree: dict[str, Any]) -> None:
+    for objective in ("sft", "rollout"):
+        config = parse_config(tree | SHARED | FP8 | {"objective": objective})
+        check_config(config, 1)
+        assert not config.shares_devices and not config.quantises_pushes

@@ -6,6 +6,7 @@ import base64
 import io
 import pickle
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,7 +245,12 @@ class Strict(pickle.Unpickler):
 
 
 def test_a_request_arrives_as_it_was_sent() -> None:
-    request = Request("patch", "group", (Change("a.b", (2, 3), "bfloat16", 4), Change("c", (5,), "float32", WHOLE)))
-    ((text, tensor),) = Strict(io.BytesIO(base64.b64decode(request.encode()))).load()
-    assert Request.decode(text) == request
+    changes = (Change("a.b", (2, 3), "bfloat16", 4), Change("c", (5,), "float32", WHOLE))
+    for request in (
+        Request("patch", changes, "group"),
+        Request("map", changes, memory={"GPU-1": [1, {"base64": "AA=="}]}),
+        Request("fingerprint", changes, report="/folder/1_0"),
+    ):
+        ((text, tensor),) = Strict(io.BytesIO(base64.b64decode(request.encode(worker=3)))).load()
+        assert Request.decode(text) == replace(request, report="/folder/1_0.3" if request.report else "")
     assert tensor.to("cpu").numel() == 0

@@ -254,7 +254,8 @@ class WeightSyncSection(Section):
     folder that the servers read; `tensor` hands over memory of the device that both sides share (placement.mode:
     colocate). Default: `tensor` with colocate, `broadcast` otherwise."""
     bucket_megabytes: int = Field(default=512, ge=1)
-    """Weights put together at a time; rank 0 holds up to three times as much while it receives, checks and sends."""
+    """Weights put together at a time; rank 0 holds up to three times as much while it receives, checks and sends. With
+    `tensor` every rank holds twice as much beside that during a push."""
     pause: Literal["retract", "in_place", "abort"] = "retract"
     """What happens to requests in flight during a push. `retract`: they wait, their keys and values are computed anew
     with the new weights, and every later token is exactly the new policy's. `abort`: the server gives back what they
@@ -352,7 +353,8 @@ class Config(Section):
     megatron: dict[str, Any] = {}
     """Any field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, under its own name."""
     sglang: dict[str, Any] = {}
-    """Any SGLang server argument, under its own name with underscores."""
+    """Any SGLang server argument, under its own name with underscores. With `quantization: fp8` and objective rl the
+    trainer quantises what it pushes (docs/colocate.md)."""
     placement: PlacementSection = PlacementSection()
     rollout: RolloutSection = RolloutSection()
     data: DataSection = DataSection()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_vespo.metrics.records import read_metrics
+from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.server import SGLangServer
 from tests.e2e.small_runs import after_step, make_tree, run_and_kill, run_main_on_ranks, write_config
 from tests.e2e.test_resume import metrics
@@ -63,7 +64,7 @@ def test_the_run_is_that_on_devices_of_their_own(
 
 
 def test_a_killed_run_goes_on_and_its_killed_server_comes_back(server: SGLangServer, tmp_path: Path) -> None:
-    """The server is killed while the trainer trains or soon after; it is pushed again, and the run is the same."""
+    """The server is killed while the trainer trains; it is started, pushed again, and the run is the same."""
     straight, broken = (configure(server, tmp_path / name, 2, shared=True) for name in ("straight", "broken"))
     steps = ["training.steps=8", "checkpoint.interval=3", "training.minibatches_per_step=4"]
     assert run_main_on_ranks(2, straight, steps) == [0, 0]
@@ -71,9 +72,13 @@ def test_a_killed_run_goes_on_and_its_killed_server_comes_back(server: SGLangSer
     run_and_kill(broken, steps, run / "metrics.jsonl", step=4)
 
     def kill_server() -> None:
+        model = tmp_path / "broken" / "model"
         after_step(run / "metrics.jsonl", 5)
-        time.sleep(0.2)
-        kill(tmp_path / "broken" / "model")
+        command = processes_of(model)[0].cmdline()
+        with SGLangControl(f"http://127.0.0.1:{command[command.index('--port') + 1]}") as control:
+            while control.ready():  # until the turn is the trainer's
+                time.sleep(0.01)
+        kill(model)
 
     thread = threading.Thread(target=kill_server)
     thread.start()

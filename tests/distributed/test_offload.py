@@ -58,7 +58,10 @@ def train(model: Path, samples: list[Sample], megatron: dict[str, Any]) -> tuple
     """What differs between the two after four updates, bytes on the device after each turn, weights that differ."""
     offload._CHUNK_BYTES = 1001  # of this rank alone: tensors lie across pieces of host memory
     away, stays = (make_policy(model, megatron, **SCHEDULE) for _ in range(2))
-    exporters = [HfExporter(policy.chunks, load_architecture(model)) for policy in (away, stays)]
+    exporters = [
+        HfExporter(policy.chunks, load_architecture(model), complete=policy.finish_param_gather)
+        for policy in (away, stays)
+    ]
     sizes = []
     for _ in range(4):
         sizes.append([device_bytes(away)])
@@ -85,6 +88,12 @@ def test_what_was_away_is_what_it_was(model: Path, layout: str, distributed: boo
             assert nothing == nothing_again == 0, "not a byte stays"
             assert 0 < parameters <= saved < everything == back
         assert sizes[1][3] > sizes[1][1], "after the first update there are moments"
+
+
+def test_weights_that_are_gathered_late_are_complete_before_they_leave(model: Path) -> None:
+    options = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    for differing, _, wrong in run_ranks(2, train, model, random_samples(8, VOCABULARY), options):
+        assert not differing and not wrong
 
 
 def use_what_is_away(model: Path) -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from megatron_vespo.config import Config
-from megatron_vespo.train import all_overrides, make_parser
+from megatron_vespo.train import all_overrides, make_run_parser
 
 ROOT = Path(__file__).parents[3]
 SLURM, KUBERNETES = ROOT / "examples" / "slurm", ROOT / "examples" / "kubernetes"
@@ -94,7 +94,7 @@ def torchrun_arguments(environment: dict[str, str], node: int) -> Any:
 def trained(arguments: Any) -> tuple[str, list[str]]:
     """Configuration and overrides that the trainer would see."""
     assert arguments.module and arguments.training_script == "megatron_vespo.train"
-    options = make_parser("train").parse_intermixed_args(arguments.training_script_args)
+    options = make_run_parser("train", "").parse_intermixed_args(arguments.training_script_args)
     return options.config, all_overrides(options)
 
 

@@ -42,6 +42,12 @@ LOWEST = -1e38
 """Where the largest logit begins: not -inf, of which differences would be NaN."""
 
 
+def width(device: torch.device, rows: int, entries: int) -> int:
+    """Entries of a tile, for so many rows and entries of the vocabulary."""
+    size = SIZES[device.type]
+    return min(max(size.elements // max(rows, 1), size.least_width), entries)
+
+
 class Tiles:
     """The tiles and the memory that they have in turn.
 
@@ -62,8 +68,8 @@ class Tiles:
         self.hidden = hidden
         self.temperature = temperature
         self.exact = torch.promote_types(hidden.dtype, torch.float32)
-        rows, size = len(hidden), SIZES[hidden.device.type]
-        self.width = min(max(size.elements // max(rows, 1), size.least_width), entries)
+        rows = len(hidden)
+        self.width = width(hidden.device, rows, entries)
         starts = range(0, entries, self.width) if rows and entries else ()
         self.bounds = [(start, min(start + self.width, entries)) for start in starts]
         self._allocate()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as everything
 from benchmarks.gpu import needs
 from benchmarks.gpu.__main__ import Job
 from benchmarks.gpu.report import Report, load, markdown, merged, text
+from tests.gpu.worker import Worker
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[3]
@@ -158,9 +162,23 @@ def test_the_script_is_sound_and_passes_arguments_on(tmp_path: Path) -> None:
     ]
 
 
-def test_gpu_tests_can_be_collected() -> None:
-    """Every module of tests/gpu imports, and says why it is skipped here."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests themselves can be run")
+def test_gpu_tests_are_rehearsed_and_skipped() -> None:
+    """Everything in tests/gpu but the kernels is run, and without being asked for it is skipped with a reason."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-rs"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode in (0, 5), result.stdout
-    assert "skipped" in result.stdout and "error" not in result.stdout.lower()
+    skipped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert skipped.returncode == 0 and "needs a GPU" in skipped.stdout and "passed" not in skipped.stdout
+    rehearsed = subprocess.run([*command, "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert rehearsed.returncode == 0, rehearsed.stdout[-3000:]
+    assert "skipped" not in rehearsed.stdout
+
+
+def test_the_worker_of_the_gpu_tests_runs_one_function_after_another_and_says_what_failed() -> None:
+    worker = Worker()
+    try:
+        assert worker.run(os.getpid) == worker.run(os.getpid) != os.getpid()
+        with pytest.raises(AssertionError, match="math domain error"):
+            worker.run(math.sqrt, -1.0)
+        assert worker.run(math.sqrt, 4.0) == 2
+    finally:
+        worker.stop()

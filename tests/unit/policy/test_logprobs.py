@@ -119,9 +119,9 @@ def run(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str
     out = call(case, hidden, weight, targets)
     assert out.log_pi.requires_grad and not out.correct.requires_grad
     assert out.entropy.requires_grad == case.entropy_gradient
-    total = (out.log_pi * coefficients(case).to(out.log_pi.dtype)).sum()
+    total = (out.log_pi * coefficients(case).to(out.log_pi)).sum()
     if case.entropy_gradient:
-        total = total + (out.entropy * coefficients(case).flip(0).to(out.log_pi.dtype)).sum()
+        total = total + (out.entropy * coefficients(case).flip(0).to(out.log_pi)).sum()
     total.backward()
     assert hidden.grad is not None and weight.grad is not None
     for now, then in zip((hidden.detach(), weight.detach(), targets), before, strict=True):

@@ -273,11 +273,6 @@ def _read_prompts(
 ) -> tuple[PromptDataset, dict[str, list[Prompt]]]:
     room = architecture.context_length - config.rollout.max_new_tokens
     limit = min(config.rollout.max_prompt_tokens or room, room)
-    if limit < 1:
-        raise UserError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the model's context"
-            f" of {architecture.context_length} tokens"
-        )
     assert config.data.train is not None
     train = PromptDataset.from_jsonl(config.data.train, tokenizer, limit)
     _check_packing(config, max(len(record.input_ids) for record in train.records))

@@ -13,13 +13,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
-from megatron_vespo.environment import job_shape
 from megatron_vespo.environment.checks import CHECKS, examine
 from megatron_vespo.environment.facts import Facts, read_facts
 from megatron_vespo.errors import UserError
+from megatron_vespo.rollout.placement import Node
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         config = load_config(options.config, options.overrides)
-        shape = job_shape()
-        facts = read_facts(config, options.ranks or shape.ranks, shape.nodes, shape.node)
+        node = Node.from_environment()
+        facts = read_facts(config, replace(node, ranks=options.ranks) if options.ranks else node)
         wrong = False
         if os.environ["LOCAL_RANK"] == "0":
             text, wrong = report(facts, config)

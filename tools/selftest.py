@@ -148,9 +148,10 @@ def configuration(path: Path, python: str) -> str:
     from megatron_vespo.config_file import load_config
     from megatron_vespo.environment.checks import examine
     from megatron_vespo.environment.facts import read_facts
+    from megatron_vespo.rollout.placement import Node
 
     config = load_config(path, [f"rollout.server.python={python}"])
-    errors = [f.message for f in examine(read_facts(config, 1, 1, 0), config) if f.severity == "error"]
+    errors = [f.message for f in examine(read_facts(config, Node()), config) if f.severity == "error"]
     if errors:
         raise RuntimeError("; ".join(errors))
     return f"{path.name} is read"

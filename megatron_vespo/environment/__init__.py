@@ -9,12 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from megatron_vespo.config import Config
 from megatron_vespo.environment.checks import Finding, examine
 from megatron_vespo.environment.facts import read_facts
 from megatron_vespo.errors import UserError
+from megatron_vespo.rollout.placement import Node
 
 # Set by whoever has checked this node for its ranks.
 _CHECKED = "MEGATRON_VESPO_NODE_CHECKED"
@@ -30,7 +30,7 @@ def check_before_ranks(config: Config, ranks: int) -> None:
     Raises:
         UserError: All that is wrong with this node.
     """
-    warn(_checked(examine(read_facts(config, ranks, nodes=1, node=0), config)))
+    warn(_checked(examine(read_facts(config, Node(ranks=ranks)), config)))
     os.environ[_CHECKED] = "1"
 
 
@@ -46,22 +46,7 @@ def check_node(config: Config) -> list[str]:
     """
     if os.environ["LOCAL_RANK"] != "0" or _CHECKED in os.environ:
         return []
-    return _checked(examine(read_facts(config, *job_shape()), config))
-
-
-class JobShape(NamedTuple):
-    """How the ranks lie on nodes: trainer ranks of this node, number of nodes, which one this is."""
-
-    ranks: int
-    nodes: int
-    node: int
-
-
-def job_shape() -> JobShape:
-    """As torchrun's environment has it; one node without torchrun."""
-    world = int(os.environ["WORLD_SIZE"])
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return JobShape(ranks, max(1, world // ranks), int(os.environ.get("GROUP_RANK", "0")))
+    return _checked(examine(read_facts(config, Node.from_environment()), config))
 
 
 def warn(warnings: Iterable[str]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_vespo.config import Config
 from megatron_vespo.environment import network
 from megatron_vespo.environment.facts import Facts
+from megatron_vespo.rollout.placement import FEWER_GPUS, missing_gpus
 
 PYTHON = (3, 12)
 MEGATRON = "0.19.2"
@@ -132,24 +133,7 @@ def _no_gpu(facts: Facts, config: Config) -> str | None:
 
 
 def _few_gpus(facts: Facts, config: Config) -> str | None:
-    if not facts.gpus.count:
-        return None
-    ranks = facts.ranks if config.objective != "rollout" else 0
-    serving = 0
-    if facts.server is not None and config.rollout.server.device == "cuda":
-        serving = config.placement.servers_per_node * gpus_of_a_server(config.sglang)
-    shared = config.placement.mode == "colocate"
-    needed = max(ranks, serving) if shared else ranks + serving
-    if needed <= facts.gpus.count:
-        return None
-    return f"{ranks} ranks and servers with {serving} GPUs need {needed} on this node, which has {facts.gpus.count}"
-
-
-def gpus_of_a_server(sglang: dict[str, Any]) -> int:
-    """GPUs that one server takes, by the ``sglang:`` section."""
-    tensor, pipeline = sglang.get("tp_size", sglang.get("tensor_parallel_size", 1)), sglang.get("pp_size", 1)
-    data = 1 if sglang.get("enable_dp_attention") else sglang.get("dp_size", 1)
-    return int(tensor * pipeline * data)
+    return missing_gpus(config, facts.ranks, facts.gpus.count) if facts.gpus.count else None
 
 
 def _connections(facts: Facts, config: Config) -> str | None:
@@ -262,8 +246,7 @@ CHECKS: tuple[Check, ...] = (
         "number of GPUs",
         _few_gpus,
         "error",
-        "start fewer ranks or servers (placement.servers_per_node, sglang.tp_size), or share GPUs (placement.mode:"
-        " colocate)",
+        FEWER_GPUS,
     ),
     Check(
         "launch order",

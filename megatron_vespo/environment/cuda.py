@@ -7,8 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_vespo.environment.gpus import read_gpus
 from megatron_vespo.errors import UserError
+from megatron_vespo.gpus import read_gpus
 
 
 def check_torch() -> None:

@@ -18,7 +18,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from megatron_vespo.config import Config
-from megatron_vespo.environment.gpus import Gpus, read_gpus
+from megatron_vespo.gpus import Gpus, read_gpus
+from megatron_vespo.rollout.placement import Node
 
 _PREFIXES = ("CUDA_", "GLOO_", "MASTER_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_NCCL_")
 _INTERPRETER_SECONDS = 60
@@ -112,23 +113,21 @@ class Facts:
         return self.environment.get(name, "")
 
 
-def read_facts(config: Config, ranks: int, nodes: int, node: int) -> Facts:
+def read_facts(config: Config, node: Node) -> Facts:
     """Read them; milliseconds, and one start of ``rollout.server.python`` where that is set.
 
     Args:
         config: Configuration of the run.
-        ranks: Trainer ranks on this node.
-        nodes: Nodes with trainer ranks.
-        node: Which of them this is.
+        node: This node and its trainer ranks.
     """
     environment = {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
-    several, master = nodes > 1, environment.get("MASTER_ADDR", "")
+    several, master = node.count > 1, environment.get("MASTER_ADDR", "")
     master_addresses = _addresses(master) if several else ()
     answers = not (several and all_loopback(master_addresses)) or _master_answers()
     return Facts(
-        ranks=ranks,
-        nodes=nodes,
-        node=node,
+        ranks=node.ranks,
+        nodes=node.count,
+        node=node.number,
         python=sys.version_info[:2],
         versions=installed_versions(),
         torch_cuda=_torch_cuda(_source("torch/version.py")),

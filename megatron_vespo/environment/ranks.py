@@ -19,10 +19,11 @@ import torch
 from megatron_vespo import parallel
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import dump_config
-from megatron_vespo.environment import job_shape, warn
+from megatron_vespo.environment import warn
 from megatron_vespo.environment.checks import Severity
 from megatron_vespo.environment.facts import installed_versions
 from megatron_vespo.errors import UserError
+from megatron_vespo.rollout.placement import Node
 
 # Seconds. torchrun's rendezvous takes a node for dead whose clock is 15 s behind.
 _CLOCK_WARNING, _CLOCK_ERROR = 1.0, 60.0
@@ -75,7 +76,7 @@ def check_ranks(config: Config, warnings: list[str], clock: Callable[[], float] 
     """
     everyone = parallel.gather_values(read_rank(config, warnings), RankFacts)
     findings = [(check.severity, f"{problem}; {check.remedy}") for check in CHECKS if (problem := check.find(everyone))]
-    if job_shape().nodes > 1:
+    if Node.from_environment().count > 1:
         findings += clock_findings([rank.host for rank in everyone], measure_clocks(clock))
     errors = [message for severity, message in findings if severity == "error"]
     if parallel.is_main():

@@ -168,7 +168,12 @@ def _microbatches(config: Config, facts: Facts, sizes: Parallelism) -> Iterator[
 def find_length_problems(config: Config, facts: Facts) -> Iterator[Problem]:
     """Samples that neither a microbatch nor the server can hold."""
     rollout, limit = config.rollout, config.training.max_tokens_per_microbatch
-    if config.objective == "rl" and rollout.max_new_tokens > limit:
+    if config.samples_from_server and rollout.max_new_tokens >= facts.context_length:
+        yield Problem(
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in the model's context of"
+            f" {facts.context_length} tokens"
+        )
+    elif config.objective == "rl" and rollout.max_new_tokens > limit:
         yield Problem(
             f"training.max_tokens_per_microbatch={limit} cannot hold a response of rollout.max_new_tokens="
             f"{rollout.max_new_tokens} with its prompt; raise it to {longest_sample(config, facts)}"

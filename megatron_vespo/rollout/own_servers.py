@@ -13,9 +13,9 @@ from typing import Self
 
 from megatron_vespo.config import Config, ServerSection
 from megatron_vespo.errors import UserError
+from megatron_vespo.gpus import cuda_visible_devices
 from megatron_vespo.rollout.addresses import address_towards
 from megatron_vespo.rollout.gate import StartGate
-from megatron_vespo.rollout.gpus import cuda_visible_devices
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.placement import Node, server_devices
 from megatron_vespo.rollout.served_model import served_arguments, served_model

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
-from megatron_vespo.rollout.gpus import gpu_count
+from megatron_vespo.gpus import read_gpus
 from megatron_vespo.rollout.keys import is_loopback
 from megatron_vespo.rollout.server import ANY_ADDRESS, PORT_STRIDE
 
@@ -113,6 +113,34 @@ def check_placement(config: Config, node: Node) -> None:
             )
 
 
+def missing_gpus(config: Config, ranks: int, there: int) -> str | None:
+    """What a node lacks, in words; None where its GPUs are enough for its ranks and servers.
+
+    Args:
+        config: Configuration.
+        ranks: Trainer ranks of the node.
+        there: GPUs that its processes see.
+    """
+    trains = ranks if config.objective != "rollout" else 0
+    serves = config.samples_from_server and config.rollout.server.is_own and config.rollout.server.device == "cuda"
+    last = server_devices(config, ranks)[-1].stop if serves else 0
+    needed = max(trains, last)
+    if needed <= there:
+        return None
+    shared = config.placement.mode == "colocate" and trains > 0
+    parts = [f"{trains} for the trainer's ranks"] if trains else []
+    if serves:
+        parts.append(f"{last if shared else last - trains} for {_servers(config)}")
+    limit = " in CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+    return f"placement: this node needs {needed} GPUs, {' and '.join(parts)}, and has {there}{limit}"
+
+
+FEWER_GPUS = (
+    "start fewer ranks, or lower placement.servers_per_node or the sizes of a server (sglang.tp_size, pp_size,"
+    " dp_size), or share GPUs (placement.mode: colocate)"
+)
+
+
 def check_gpus(config: Config, node: Node) -> None:
     """Check that this node has the GPUs that its trainer ranks and servers take.
 
@@ -121,16 +149,9 @@ def check_gpus(config: Config, node: Node) -> None:
     """
     if config.rollout.server.device != "cuda":
         return
-    devices = server_devices(config, node.ranks)
-    needed, there = devices[-1].stop, gpu_count()
-    if needed > there:
-        ours = f"{devices[0].start} for the trainer's ranks and " if devices[0].start else ""
-        limit = " in CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
-        raise UserError(
-            f"placement: this node needs {needed} GPUs, {ours}{needed - devices[0].start} for {_servers(config)}, and"
-            f" has {there}{limit}: lower placement.servers_per_node, the sizes of a server (sglang.tp_size, pp_size,"
-            " dp_size) or the number of ranks, or set placement.mode: colocate"
-        )
+    problem = missing_gpus(config, node.ranks, read_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")).count)
+    if problem is not None:
+        raise UserError(f"{problem}; {FEWER_GPUS}")
 
 
 def describe_servers(config: Config, node: Node) -> str:

@@ -14,9 +14,9 @@ import pytest
 from megatron_vespo import parallel
 from megatron_vespo.config_file import parse_config
 from megatron_vespo.environment import cuda, ranks
-from megatron_vespo.environment.gpus import Gpus
 from megatron_vespo.environment.ranks import RankFacts
 from megatron_vespo.errors import UserError
+from megatron_vespo.gpus import Gpus
 from tests.ranks import run_ranks
 
 CONFIG: dict[str, Any] = {
@@ -28,7 +28,7 @@ CONFIG: dict[str, Any] = {
 
 
 def outcome(tree: dict[str, Any], warnings: list[str], nodes: int = 1, clock: Callable[[], float] = time.time) -> str:
-    os.environ["LOCAL_WORLD_SIZE"] = str(parallel.world_size() // nodes)
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"] = str(parallel.world_size() // nodes), str(nodes)
     try:
         ranks.check_ranks(parse_config(tree), warnings, clock)
     except UserError as error:

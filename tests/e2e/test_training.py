@@ -90,9 +90,15 @@ def test_a_run_leaves_what_it_promises(sglang_server: SGLangServer, tmp_path: Pa
 BAD_INPUTS = {
     "reward function that raises": ([f"reward.function={REWARDS}:failing"], "no partial credit"),
     "reward function that is missing": ([f"reward.function={REWARDS}:no_such"], "no_such"),
-    "prompt longer than the context": (["rollout.max_new_tokens=511"], "the limit is 1"),
+    "prompt longer than the context": (
+        ["rollout.max_new_tokens=511", "training.max_tokens_per_microbatch=512"],
+        "the limit is 1",
+    ),
     "no room for a prompt": (["rollout.max_new_tokens=600"], "leaves no room for a prompt"),
-    "a sample longer than a microbatch": (["training.max_tokens_per_microbatch=20"], "cannot hold the longest sample"),
+    "a sample longer than a microbatch": (
+        ["training.max_tokens_per_microbatch=20"],
+        "training.max_tokens_per_microbatch=20 cannot hold",
+    ),
     "unknown kernel parameter": (["algorithm.kernel_params={c9: 1}"], "algorithm.kernel_params"),
     "server that is not there": (["rollout.server.url='http://127.0.0.1:9'"], "127.0.0.1:9"),
 }

@@ -21,6 +21,7 @@ WORDS = {
     "dotted",
     "fp8_format",
     "guard",
+    "gpus",
     "checkpoint_folder",
     "processes",
     "stopping",

@@ -10,7 +10,7 @@ from megatron_vespo.config import Config
 from megatron_vespo.config_file import parse_config
 from megatron_vespo.environment.checks import CHECKS, MEGATRON, SGLANG, examine
 from megatron_vespo.environment.facts import Facts, ServerEnvironment
-from megatron_vespo.environment.gpus import Gpus, visible_gpus
+from megatron_vespo.gpus import Gpus, visible_gpus
 
 ROOT = Path(__file__).parents[3]
 GIB = 1024**3
@@ -68,6 +68,7 @@ def without(name: str) -> Facts:
 
 
 NO_TE = {key: value for key, value in GOOD.versions.items() if key != "transformer-engine"}
+OTHERS = {"rollout": {"server": {"device": "cuda", "url": "http://10.0.0.9:30000"}}}
 COLOCATE = {"placement": {"mode": "colocate"}}
 
 # (check, facts on which it speaks, sections of the configuration, what its message says)
@@ -90,8 +91,8 @@ WRONG: list[tuple[str, Facts, dict[str, Any], str]] = [
         "the servers' torch was built for CUDA 14",
     ),
     ("GPUs", replace(GOOD, gpus=Gpus()), {}, "transformer_engine and rollout.server.device: cuda, but this node shows"),
-    ("number of GPUs", replace(GOOD, ranks=5), {}, "5 ranks and servers with 4 GPUs need 9 on this node, which has 8"),
-    ("number of GPUs", replace(GOOD, ranks=9), COLOCATE, "need 9 on this node, which has 8"),
+    ("number of GPUs", replace(GOOD, ranks=5), {}, "needs 9 GPUs, 5 for the trainer's ranks and 4 for"),
+    ("number of GPUs", replace(GOOD, ranks=9), COLOCATE, "needs 9 GPUs, 9 for the trainer's ranks and 4 for"),
     ("launch order", with_environment(CUDA_DEVICE_MAX_CONNECTIONS="8"), {}, "CONNECTIONS=8 with megatron.tensor_model"),
     ("allocator", with_environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"), COLOCATE, "colocate"),
     ("allocator", with_environment(PYTORCH_ALLOC_CONF="x:1,expandable_segments:true"), COLOCATE, "PYTORCH_ALLOC_CONF"),
@@ -129,7 +130,7 @@ FINE: list[tuple[str, Facts, dict[str, Any]]] = [
     ("nothing special", GOOD, {}),
     ("as many GPUs as there are, shared", replace(GOOD, ranks=8), COLOCATE | {"sglang": {"tp_size": 4, "dp_size": 2}}),
     ("attention's data parallelism", GOOD, {"sglang": {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}}),
-    ("a server of others takes none", replace(GOOD, ranks=8, server=None), {}),
+    ("a server of others takes none", replace(GOOD, ranks=8, server=None), OTHERS),
     ("connections on Blackwell", replace(with_environment(CUDA_DEVICE_MAX_CONNECTIONS="8"), gpus=BLACKWELL), {}),
     ("connections without tensor parallelism", with_environment(CUDA_DEVICE_MAX_CONNECTIONS="32"), {"megatron": {}}),
     ("a driver of the same major version", replace(GOOD, gpus=replace(HOPPER, cuda=(13, 0))), {}),

@@ -15,7 +15,9 @@ from megatron_vespo.config_file import parse_config
 from megatron_vespo.environment.checks import MEGATRON, SGLANG, Finding
 from megatron_vespo.environment.facts import read_facts
 from megatron_vespo.errors import UserError
+from megatron_vespo.rollout.placement import Node
 
+TWO_NODES = Node(number=1, count=2)
 ROOT = Path(__file__).parents[3]
 
 
@@ -33,7 +35,7 @@ def make_config(folder: Path, **server: Any) -> Config:
 
 def test_facts_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"12345")
-    facts = read_facts(make_config(tmp_path), ranks=2, nodes=1, node=0)
+    facts = read_facts(make_config(tmp_path), Node(ranks=2))
     assert facts.ranks == 2 and facts.python == sys.version_info[:2]
     assert facts.versions["megatron-core"] == MEGATRON and "torch" in facts.versions
     assert facts.server is not None and facts.server.sglang == SGLANG and facts.server.python == sys.executable
@@ -43,9 +45,9 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
 
 def test_names_are_resolved_for_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert read_facts(make_config(tmp_path), ranks=1, nodes=2, node=1).master_addresses == ("127.0.0.1",)
+    assert read_facts(make_config(tmp_path), TWO_NODES).master_addresses == ("127.0.0.1",)
     monkeypatch.setenv("MASTER_ADDR", "no such name")
-    assert read_facts(make_config(tmp_path), ranks=1, nodes=2, node=1).master_addresses == ()
+    assert read_facts(make_config(tmp_path), TWO_NODES).master_addresses == ()
 
 
 def test_agents_on_one_machine_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,29 +55,29 @@ def test_agents_on_one_machine_are_recognised(tmp_path: Path, monkeypatch: pytes
     with socket.create_server(("127.0.0.1", 0)) as store:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
-        assert read_facts(config, 1, 2, 1).one_machine and not read_facts(config, 1, 1, 0).one_machine
+        assert read_facts(config, TWO_NODES).one_machine and not read_facts(config, Node()).one_machine
         monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
-        assert not read_facts(config, 1, 2, 1).one_machine
+        assert not read_facts(config, TWO_NODES).one_machine
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert not read_facts(config, 1, 2, 1).one_machine, "nobody answers: the store is on another machine"
+    assert not read_facts(config, TWO_NODES).one_machine, "nobody answers: the store is on another machine"
 
 
 def test_the_servers_interpreter_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    server = read_facts(make_config(tmp_path, python=sys.executable), 1, 1, 0).server
+    server = read_facts(make_config(tmp_path, python=sys.executable), Node()).server
     assert server is not None and server.error is None
     assert server.sglang == SGLANG and server.has_package and server.torch_cuda is not None
     # The interpreter below the environment, which has neither.
     bare = Path(os.path.realpath(sys.executable))
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.chdir(tmp_path)
-    server = read_facts(make_config(tmp_path, python=str(bare)), 1, 1, 0).server
+    server = read_facts(make_config(tmp_path, python=str(bare)), Node()).server
     assert server is not None and server.error is None and server.sglang is None and not server.has_package
 
 
 @pytest.mark.parametrize("python, says", [("/no/such/python", "No such file"), ("/bin/false", "it failed")])
 def test_an_interpreter_that_does_not_run_is_told(tmp_path: Path, python: str, says: str) -> None:
-    server = read_facts(make_config(tmp_path, python=python), 1, 1, 0).server
+    server = read_facts(make_config(tmp_path, python=python), Node()).server
     assert server is not None and says in (server.error or "")
 
 
@@ -102,22 +104,6 @@ def test_errors_come_together_and_warnings_are_told(
     monkeypatch.setenv("MEGATRON_VESPO_NODE_CHECKED", "")  # so that it is taken back after this test
     environment.check_before_ranks(make_config(tmp_path), 1)
     assert environment.check_node(make_config(tmp_path)) == [], "the launcher has told already"
-
-
-@pytest.mark.parametrize(
-    "variables, shape",
-    [
-        ({"WORLD_SIZE": "4"}, (4, 1, 0)),
-        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1"}, (8, 2, 1)),
-    ],
-)
-def test_the_shape_of_the_job(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], shape: tuple[int, int, int]
-) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert environment.job_shape() == shape
 
 
 def test_the_tool_prints_a_table_and_an_exit_status(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vespo.environment.gpus import Gpus, read_gpus
+from megatron_vespo.gpus import Gpus, read_gpus
 
 HANDLE = 0x7FFF_0000_1234
 
@@ -68,5 +68,5 @@ def test_a_machine_without_a_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) 
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    monkeypatch.setattr("megatron_vespo.environment.gpus.Path.glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr("megatron_vespo.gpus.Path.glob", lambda self, pattern: iter(()))
     assert read_gpus(None) == Gpus()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,3 +77,9 @@ def visible_gpus(total: int, visible: str | None) -> int:
             break
         count += 1
     return count
+
+
+def cuda_visible_devices(devices: Iterable[int]) -> str:
+    """CUDA_VISIBLE_DEVICES for a process that shall have these of our GPUs, counted as CUDA counts them here."""
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return ",".join(names[device] if device < len(names) else str(device) for device in devices)

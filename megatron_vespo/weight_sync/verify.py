@@ -7,6 +7,7 @@ lost, changed or stayed old on the way is noticed, whatever the transport. See `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -57,10 +58,13 @@ class FileReports:
         servers.each(
             lambda control: servers.load(control, Request("fingerprint", tuple(changes), report=str(paths[control])))
         )
-        return [
+        reports = [
             torch.stack([_take_report(path.with_name(f"{path.name}.{worker}")) for worker in range(workers)])
             for path, workers in zip(paths.values(), servers.workers, strict=True)
         ]
+        with suppress(OSError):  # the disk transport's weights may be there
+            self._folder.rmdir()
+        return reports
 
 
 def _take_report(path: Path) -> torch.Tensor:

@@ -61,6 +61,7 @@ def test_the_run_is_that_on_devices_of_their_own(
     assert all(step["perf/sync_bytes"] > 0 and step["perf/turns_time"] > 0 for step in steps)
     assert json.loads((shared / "preflight.json").read_text()) == json.loads((own / "preflight.json").read_text())
     assert not list(Path("/dev/shm").glob("megatron_vespo_*")), "shared memory is freed"
+    assert not (shared / "weights").exists(), "reports of fingerprints are read and gone"
 
 
 def test_a_killed_run_goes_on_and_its_killed_server_comes_back(server: SGLangServer, tmp_path: Path) -> None:

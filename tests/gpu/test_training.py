@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vespo.policy.offload import ALL_PARTS, DeviceMemory
+from megatron_vespo.policy.offload import ALL_PARTS
 from megatron_vespo.policy.policy import Policy
 from tests.checkpoints import State, checkpoints_of, differences, state_of
 from tests.gpu.place import BF16, FP8, Place, Precision, make_model, nearly_on_policy, samples, vespo
@@ -99,12 +99,11 @@ def go_and_come_back(place: Place, folder: Path) -> tuple[list[str], int, int, i
     """What differs afterwards, bytes of the device that were given up and that came back, and the model's weights."""
     policy = place.policy(folder)
     update(policy)
-    memory = DeviceMemory(policy._ddp, policy._optimizer)
     before = on_host(state_of(policy))
     held = _held()
-    memory.keep(frozenset())
+    policy.memory.keep(frozenset())
     away = _held()
-    memory.bring(ALL_PARTS)
+    policy.memory.bring(ALL_PARTS)
     back = _held()
     differ = differences(on_host(state_of(policy)), before)
     assert update(policy) > 0

@@ -1,0 +1,97 @@
+"""Sections about learning: data, rewards, algorithm, schedule, evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_vespo.config.section import Section
+
+
+class DataSection(Section):
+    """Prompts: jsonl files, one object a line with ``prompt``, ``label`` and ``metadata``."""
+
+    train: str | None = None
+    """Training prompts (objectives rl and rollout) or texts (sft: ``prompt`` and ``response``, or ``text``)."""
+    evaluation: dict[str, str] = {}
+    """Held-out prompt files by the name that their metrics get."""
+    shuffle: bool = True
+    """Reshuffle the training data in every epoch, by run.seed."""
+
+
+class RewardSection(Section):
+    """The verifiable reward."""
+
+    function: str = "exact_match"
+    """A built-in name, ``path/to/file.py:function`` or ``package.module:function``; called with a Sample, in a worker
+    process."""
+    workers: int = Field(default=2, ge=1)
+    """Processes that score samples."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds that scoring one sample may take. Its worker is then killed, and the sample is not trained on."""
+    max_failed_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of a batch's samples that may fail to be scored (an exception, a crash, a timeout); more end the run."""
+
+
+class AlgorithmSection(Section):
+    """Advantages, weight kernel and aggregation of the policy loss."""
+
+    kernel: str = "vespo"
+    """Method: vespo, reinforce, rloo, grpo, dapo, dr_grpo, gspo, sapo, cispo, topr, m2po, or one of your own,
+    path/to/file.py:name or package.module:name of a WeightKernel."""
+    kernel_params: dict[str, float] = {}
+    """Parameters of the kernel, for vespo: c1_pos, c2_pos, c1_neg, c2_neg (or k_pos, lambda_pos, ...), log_w_limit,
+    log_w_floor_pos."""
+    corrections: dict[str, dict[str, float]] = {}
+    """Further factors of the weight for the mismatch between the engines, with their parameters: tis, icepop, mis."""
+    advantage: Literal["group_normalized", "leave_one_out"] | None = None
+    """Advantage estimator over the samples of one prompt; default: the kernel's own."""
+    normalize_std: bool | None = None
+    """Divide advantages by the standard deviation of the group's rewards; default: as the kernel's paper does."""
+    aggregation: (
+        Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None
+    ) = None
+    """Divisor of the loss: response tokens of the whole global minibatch; its samples; samples and each one's own
+    length; or samples times rollout.max_new_tokens. Default: the kernel's own."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of the KL divergence from the policy in model.hf_path; above 0 it takes a copy of the weights in host
+    memory and a forward pass a step."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """`k3` is GRPO's; the gradient of `k2` is that of the reverse KL divergence."""
+    entropy_coef: float = 0.0
+    """Coefficient of the policy's entropy, which is made larger."""
+
+
+class TrainingSection(Section):
+    """How long, and in what pieces. Optimizer settings (lr, weight_decay, clip_grad, ...) are Megatron's."""
+
+    steps: int = Field(ge=1)
+    """Rollout batches to train on (objective rl) or to generate (objective rollout), or optimizer steps (objective
+    sft)."""
+    minibatches_per_step: int = Field(default=1, ge=1)
+    """N: optimizer steps taken on each rollout batch."""
+    samples_per_step: int = Field(default=64, ge=1)
+    """Objective sft: texts of one optimizer step."""
+    max_tokens_per_microbatch: int = Field(default=4096, ge=1)
+    """Samples are packed without padding into microbatches of at most this many tokens."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "constant"
+    """Learning-rate schedule from megatron.lr to megatron.min_lr, in optimizer steps (Megatron's scheduler)."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    max_skipped_updates: int = Field(default=3, ge=0)
+    """Optimizer steps in a row that may be skipped because the gradient is NaN or infinite; one more ends the run."""
+
+
+class EvaluationSection(Section):
+    """Scoring the prompts of ``data.evaluation``."""
+
+    interval: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last step. With objective rollout, whose
+    weights never change, only before the first."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt; accuracy is their mean reward (avg@k)."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Use the first so many prompts of each set."""

@@ -84,9 +84,11 @@ def compiled(kernel: object, signature: dict[str, str], constants: dict[str, obj
 
 def interpret() -> None:
     """Let CPU tensors take the GPU's way."""
-    from megatron_vespo.policy.tile_kernels import FusedTiles
+    from megatron_vespo.policy import tile_kernels as kernels
 
-    class Interpreted(FusedTiles):
+    kernels.SUM_BLOCK = kernels.GRADIENT_BLOCK = 4  # a row of a tile takes several then, the last not full
+
+    class Interpreted(kernels.FusedTiles):
         """torch has a product of two dtypes on GPUs only."""
 
         def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:

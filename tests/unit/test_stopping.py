@@ -28,6 +28,8 @@ with ExitStack() as stack:
     deadline = time.monotonic() + 60
     while not (stop.requested and "stubborn" not in sys.argv) and time.monotonic() < deadline:
         time.sleep(0.01)
+    if "slow" in sys.argv:
+        time.sleep(2)  # the ranks of a job finish their step together: none has left before all were asked
     print("saved", flush=True)
 """
 
@@ -94,7 +96,7 @@ def test_nohup_is_respected() -> None:
 AGENT = """
 import os, subprocess, sys, time
 os.environ |= {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}
-ranks = [subprocess.Popen([sys.executable, "-c", sys.argv[1], "defer"], stdout=subprocess.PIPE) for _ in range(2)]
+ranks = [subprocess.Popen([sys.executable, "-c", sys.argv[1], "defer", "slow"], stdout=subprocess.PIPE) for _ in range(2)]
 other = subprocess.Popen(["sleep", "60"])  # an agent may have other children
 for rank in ranks:
     rank.stdout.readline()

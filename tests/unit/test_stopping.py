@@ -96,7 +96,8 @@ def test_nohup_is_respected() -> None:
 AGENT = """
 import os, subprocess, sys, time
 os.environ |= {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}
-ranks = [subprocess.Popen([sys.executable, "-c", sys.argv[1], "defer", "slow"], stdout=subprocess.PIPE) for _ in range(2)]
+command = [sys.executable, "-c", sys.argv[1], "defer", "slow"]
+ranks = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
 other = subprocess.Popen(["sleep", "60"])  # an agent may have other children
 for rank in ranks:
     rank.stdout.readline()

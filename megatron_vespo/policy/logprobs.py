@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_vespo import parallel
-from megatron_vespo.policy.tiles import LOWEST, tiles_of
+from megatron_vespo.policy.tiles import LOWEST, Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,15 @@ def token_log_probs(
         hidden, weight, targets, trained, vocab_size, temperature, entropy_gradient
     )
     return TokenLogProbs(torch.cat([trained_log_pi, rest]), torch.cat([trained_entropy, rest_entropy]), correct)
+
+
+def tiles_of(hidden: Tensor, entries: int, temperature: float) -> Tiles:
+    """The tiles for the device that the hidden states are on; arguments as those of ``Tiles``."""
+    if hidden.is_cuda:
+        from megatron_vespo.policy.tile_kernels import FusedTiles  # Triton comes with torch where torch has CUDA
+
+        return FusedTiles(hidden, entries, temperature)
+    return Tiles(hidden, entries, temperature)
 
 
 class _TiledLogProbs(torch.autograd.Function):

@@ -162,15 +162,6 @@ class Tiles:
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
 
-def tiles_of(hidden: Tensor, entries: int, temperature: float) -> Tiles:
-    """The tiles for the device that the hidden states are on; arguments as those of ``Tiles``."""
-    if hidden.is_cuda:
-        from megatron_vespo.policy.tile_kernels import FusedTiles  # Triton comes with torch where torch has CUDA
-
-        return FusedTiles(hidden, entries, temperature)
-    return Tiles(hidden, entries, temperature)
-
-
 def _shaped(memory: Tensor, rows: int, columns: int) -> Tensor:
     return memory[: rows * columns].view(rows, columns)
 

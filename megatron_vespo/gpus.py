@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _LIBRARY = "libnvidia-ml.so.1"
 
 
@@ -83,3 +84,12 @@ def cuda_visible_devices(devices: Iterable[int]) -> str:
     """CUDA_VISIBLE_DEVICES for a process that shall have these of our GPUs, counted as CUDA counts them here."""
     names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return ",".join(names[device] if device < len(names) else str(device) for device in devices)
+
+
+def expandable_segments(environment: Mapping[str, str]) -> str | None:
+    """The setting, ``NAME=value``, that has torch put GPU memory into expandable segments, which cannot be shared."""
+    for name in _ALLOCATOR_VARIABLES:
+        value = environment.get(name, "")
+        if "expandable_segments:true" in value.replace(" ", "").lower():
+            return f"{name}={value}"
+    return None

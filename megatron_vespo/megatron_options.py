@@ -161,3 +161,9 @@ def microbatch_multiple(megatron: Mapping[str, Any]) -> int:
     if int(megatron.get("virtual_pipeline_model_parallel_size") or 1) == 1:
         return 1
     return int(megatron.get("microbatch_group_size_per_vp_stage") or megatron["pipeline_model_parallel_size"])
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """Vocabulary rounded up to a multiple of ``divisible_by`` x tensor-parallel size, as Megatron-LM pads it."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple

@@ -148,8 +148,7 @@ def _run(config: Config, log: RankLog, stop: StopRequest, stack: ExitStack) -> N
     import torch  # noqa: F401 - its logger exists from here on
 
     log.adopt("torch")
-    world_size = int(os.environ["WORLD_SIZE"])
-    of_plan = check_parallel_plan(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    of_plan = check_parallel_plan(config, int(os.environ["WORLD_SIZE"]), Node.from_environment().ranks)
     if os.environ["RANK"] == "0":  # the others find the same
         warnings += of_plan
     if config.objective == "rollout":

@@ -20,7 +20,7 @@ from benchmarks.gpu import models
 from benchmarks.gpu.measure import Setting, milliseconds, peak_bytes
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.samples import fed, with_tokens
-from benchmarks.gpu.script import finish, join, options_of, parser, setting_of
+from benchmarks.gpu.script import run
 from megatron_vespo.policy.packing import PackedBatch, pack
 from megatron_vespo.types import Sample
 
@@ -109,13 +109,7 @@ def new_report(path: str | None = None) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it."""
-    options = parser(__doc__)
-    options.add_argument("--tokens", type=int, default=16384)
-    parsed = options_of(options, arguments)
-    setting, report = setting_of(parsed), new_report(parsed.out)
-    join()
-    measure(setting, report, parsed.tokens)
-    return finish(report)
+    return run(__doc__, arguments, new_report, measure, tokens=16384)
 
 
 if __name__ == "__main__":

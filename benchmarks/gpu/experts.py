@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.gpu import models
 from benchmarks.gpu.measure import Setting, free_memory, milliseconds, peak_flops
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.script import finish, join, options_of, parser, setting_of
+from benchmarks.gpu.script import run
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +154,7 @@ def new_report(path: str | None = None) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it."""
-    options = parser(__doc__)
-    options.add_argument("--tokens", type=int, default=8192)
-    parsed = options_of(options, arguments)
-    setting, report = setting_of(parsed), new_report(parsed.out)
-    join()
-    measure(setting, report, parsed.tokens)
-    return finish(report)
+    return run(__doc__, arguments, new_report, measure, tokens=8192)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu import models
 from benchmarks.gpu.measure import Setting, milliseconds, peak_bytes
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.script import finish, join, options_of, parser, setting_of
+from benchmarks.gpu.script import run
 from megatron_vespo.models.export import HfExporter
 from megatron_vespo.models.fp8 import quantise_blocks
 
@@ -70,13 +70,7 @@ def new_report(path: str | None = None) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it."""
-    options = parser(__doc__)
-    options.add_argument("--layers", type=int, default=4)
-    parsed = options_of(options, arguments)
-    setting, report = setting_of(parsed), new_report(parsed.out)
-    join()
-    measure(setting, report, parsed.layers)
-    return finish(report)
+    return run(__doc__, arguments, new_report, measure, layers=4)
 
 
 if __name__ == "__main__":

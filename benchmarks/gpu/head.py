@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu.measure import Setting, free_memory, milliseconds, peak_bytes
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.script import finish, join, options_of, parser, setting_of
+from benchmarks.gpu.script import run
 from benchmarks.logprobs import Case, check_both_agree, forward_only, make_case, make_floor, ours, plain
 from megatron_vespo.policy import tiles
 
@@ -119,13 +119,7 @@ def new_report(path: str | None = None) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it."""
-    options = parser(__doc__)
-    options.add_argument("--rows", type=int)
-    parsed = options_of(options, arguments)
-    setting, report = setting_of(parsed), new_report(parsed.out)
-    join()
-    measure(setting, report, parsed.rows)
-    return finish(report)
+    return run(__doc__, arguments, new_report, measure, rows=None)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_vespo.estimate.devices import DEVICES
+
 Work = Callable[[], object]
 
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12}
+PEAK_BF16 = {name.upper(): 1e12 * device.bf16_tflops for name, device in DEVICES.items()} | {"H800": 989e12}
 """Dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets, SXM)."""
 
 

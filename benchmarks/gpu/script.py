@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,32 @@ def finish(report: Report) -> int:
     """Keep the report and give the exit status."""
     report.save()
     return 1 if report.failures or not report.rows else 0
+
+
+def run(
+    description: str,
+    arguments: Sequence[str] | None,
+    new_report: Callable[[str | None], Report],
+    measure: Callable[..., None],
+    **sizes: int | None,
+) -> int:
+    """One benchmark from its command line to its exit status.
+
+    Args:
+        description: The script's docstring.
+        arguments: Command line; None: this process's.
+        new_report: Makes the empty table, to be kept in a file if one is named.
+        measure: Fills it, given the setting and the table.
+        **sizes: Options of its own, with their defaults; ``measure`` takes them by name.
+    """
+    options = parser(description)
+    for name, default in sizes.items():
+        options.add_argument(f"--{name}", type=int, default=default)
+    parsed = options_of(options, arguments)
+    setting, report = setting_of(parsed), new_report(parsed.out)
+    join()
+    measure(setting, report, **{name: vars(parsed)[name] for name in sizes})
+    return finish(report)
 
 
 def options_of(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

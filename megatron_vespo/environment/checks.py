@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from megatron_vespo.config import Config
 from megatron_vespo.environment import network
 from megatron_vespo.environment.facts import Facts
+from megatron_vespo.gpus import expandable_segments
 from megatron_vespo.rollout.placement import FEWER_GPUS, missing_gpus
 
 PYTHON = (3, 12)
@@ -148,10 +149,8 @@ def _connections(facts: Facts, config: Config) -> str | None:
 
 
 def _allocator(facts: Facts, config: Config) -> str | None:
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if config.placement.mode == "colocate" and "expandable_segments:true" in facts.setting(name).lower():
-            return f"{name}={facts.setting(name)} with placement.mode: colocate"
-    return None
+    setting = expandable_segments(facts.environment)
+    return f"{setting} with placement.mode: colocate" if setting and config.placement.mode == "colocate" else None
 
 
 def _docker_shared_memory(facts: Facts, config: Config) -> str | None:

@@ -11,6 +11,7 @@ from megatron_vespo.errors import UserError
 from megatron_vespo.estimate.activations import Recompute, head_memory, in_flight, layer_memory, stage_activations
 from megatron_vespo.estimate.assumptions import Assumptions
 from megatron_vespo.estimate.parameters import Count, count_stages, layers_of_stages
+from megatron_vespo.megatron_options import padded_vocab_size
 from megatron_vespo.plan.sizes import Facts, Parallelism
 from megatron_vespo.plan.stages import split_layers
 
@@ -126,8 +127,7 @@ def trainer_memory(config: Config, facts: Facts, tied: bool, sizes: Parallelism,
 
 def padded_vocab(config: Config, facts: Facts, sizes: Parallelism) -> int:
     """Rows of the embedding with padding."""
-    multiple = config.model.make_vocab_size_divisible_by * sizes.tensor
-    return -(-facts.vocab_size // multiple) * multiple
+    return padded_vocab_size(facts.vocab_size, config.model.make_vocab_size_divisible_by, sizes.tensor)
 
 
 def _stage_memory(

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
+from megatron_vespo.megatron_options import padded_vocab_size
 from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.models.layer_specs import block_spec, check_installed, defaults
 from megatron_vespo.models.precision import check_shapes, fp8_options
@@ -152,12 +153,6 @@ def ddp_config(section: dict[str, Any]) -> DistributedDataParallelConfig:
     return _construct(DistributedDataParallelConfig, _typed(DistributedDataParallelConfig, values))
 
 
-def padded_vocab_size(architecture: Architecture, divisible_by: int) -> int:
-    """Vocabulary rounded up to a multiple of ``divisible_by`` x tensor-parallel size, as Megatron-LM pads it."""
-    multiple = divisible_by * parallel.tensor_parallel_size()
-    return -(-architecture.vocab_size // multiple) * multiple
-
-
 def build_model(
     architecture: Architecture, config: TransformerConfig, *, layer_spec: str, make_vocab_size_divisible_by: int
 ) -> list[GPTModel]:
@@ -181,7 +176,9 @@ def build_model(
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=with_router(block_spec(config, layer_spec, vp_stage)),
-            vocab_size=padded_vocab_size(architecture, make_vocab_size_divisible_by),
+            vocab_size=padded_vocab_size(
+                architecture.vocab_size, make_vocab_size_divisible_by, parallel.tensor_parallel_size()
+            ),
             max_sequence_length=architecture.context_length,
             pre_process=parallel.is_first_stage(vp_stage),
             post_process=parallel.is_last_stage(vp_stage),

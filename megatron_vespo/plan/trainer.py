@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_vespo.config import Config
 from megatron_vespo.errors import UserError
-from megatron_vespo.megatron_options import microbatch_multiple
+from megatron_vespo.megatron_options import microbatch_multiple, padded_vocab_size
 from megatron_vespo.plan.sizes import Facts, Parallelism, Problem, longest_sample, samples_per_minibatch
 from megatron_vespo.plan.stages import divisors, split_layers
 
@@ -110,9 +110,9 @@ def _stages(megatron: Mapping[str, Any], facts: Facts, sizes: Parallelism) -> It
 
 
 def _vocabulary(config: Config, facts: Facts, sizes: Parallelism) -> Iterator[Problem]:
-    multiple = config.model.make_vocab_size_divisible_by * sizes.tensor
-    padded = -(-facts.vocab_size // multiple) * multiple
-    padding = padded - facts.vocab_size
+    padding = (
+        padded_vocab_size(facts.vocab_size, config.model.make_vocab_size_divisible_by, sizes.tensor) - facts.vocab_size
+    )
     if padding > max(_MUCH_PADDING * facts.vocab_size, 1024):
         yield Problem(
             f"model.make_vocab_size_divisible_by={config.model.make_vocab_size_divisible_by}: with"

@@ -16,13 +16,12 @@ import torch.distributed as dist
 
 from megatron_vespo import parallel, platform
 from megatron_vespo.errors import UserError
+from megatron_vespo.gpus import expandable_segments
 from megatron_vespo.models.export import Exporter, NamedTensor, TensorSpec
 from megatron_vespo.sglang_weights.memory import Handle, SharedBuffer, device_key
 from megatron_vespo.sglang_weights.wire import Change, Request
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.transport import NamedTensors, Sent
-
-_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class SharedBucket(list[NamedTensor]):
@@ -83,13 +82,12 @@ def check_allocator(device: torch.device) -> None:
     Raises:
         UserError: torch is told to use such.
     """
-    settings = {name: os.environ.get(name, "") for name in _ALLOCATOR_VARIABLES}
-    for name, value in settings.items():
-        if device.type == "cuda" and "expandable_segments:true" in value.replace(" ", "").lower():
-            raise UserError(
-                f"{name}={value}: memory in expandable segments cannot be handed to the servers; leave it out, or set"
-                " weight_sync.transport: disk"
-            )
+    setting = expandable_segments(os.environ)
+    if device.type == "cuda" and setting is not None:
+        raise UserError(
+            f"{setting}: memory in expandable segments cannot be handed to the servers; leave it out, or set"
+            " weight_sync.transport: disk"
+        )
 
 
 def _spread(buffer: SharedBuffer, nbytes: int, tensors: list[NamedTensor]) -> dict[str, Handle]:

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vespo import parallel
 from megatron_vespo.errors import UserError
+from megatron_vespo.megatron_options import padded_vocab_size
 from megatron_vespo.models.build import (
     _ARCHITECTURE_FIELDS,
     build_model,
     ddp_config,
     optimizer_config,
-    padded_vocab_size,
     transformer_config,
 )
 from megatron_vespo.models.registry import load_architecture
@@ -59,7 +60,9 @@ def build_everything(folder: Path, dense: Path) -> dict[str, Any]:
     results["embedding"] = tuple(model.embedding.word_embeddings.weight.shape)
     results["defaults"] = (config.moe_token_dispatcher_type, config.moe_aux_loss_coeff, config.variable_seq_lengths)
     results["overridden"] = transformer_config(architecture, {"moe_aux_loss_coeff": 0.5}, "local").moe_aux_loss_coeff
-    results["padded"] = [padded_vocab_size(architecture, n) for n in (1, 16, 60, 128)]
+    results["padded"] = [
+        padded_vocab_size(architecture.vocab_size, n, parallel.tensor_parallel_size()) for n in (1, 16, 60, 128)
+    ]
     plain = load_architecture(dense)
     (model,) = build_model(
         plain, transformer_config(plain, {}, "local"), layer_spec="local", make_vocab_size_divisible_by=1

@@ -141,6 +141,7 @@ class SharedDevices(Turns):
             parallel.on_main(partial(self._move_servers, turn))
             if self.memory is not None:
                 self.memory.bring(turn.trainer)
+                assert self.memory.held == turn.trainer, f"{turn.name}: the trainer has {sorted(self.memory.held)}"
             if not turn.trainer:
                 self._gate.open()
         self._now = turn

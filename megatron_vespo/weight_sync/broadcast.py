@@ -5,24 +5,15 @@ from __future__ import annotations
 import torch
 
 from megatron_vespo.rollout.protocol import TensorList
-from megatron_vespo.weight_sync.servers import Servers
-from megatron_vespo.weight_sync.transport import NamedTensors, Sent
+from megatron_vespo.weight_sync.transport import NamedTensors, StreamTransport
 
 
-class BroadcastTransport:
+class BroadcastTransport(StreamTransport):
     """Broadcasts each bucket as SGLang's ``flattened_bucket``.
 
     Args:
         servers: Who gets it.
     """
-
-    def __init__(self, servers: Servers) -> None:
-        self._servers = servers
-        self.sent = Sent()
-
-    def begin(self, version: int) -> None:
-        """Start counting."""
-        self._version, self.sent = version, Sent()
 
     def send(self, tensors: NamedTensors) -> None:
         """Broadcast one bucket while the servers receive it."""
@@ -42,13 +33,3 @@ class BroadcastTransport:
             ),
         )
         self.sent.bytes += flat.numel()
-
-    def finish(self) -> None:
-        """Nothing is left to do."""
-
-    def repair(self) -> bool:
-        """All weights were sent: sending them again would mend nothing."""
-        return False
-
-    def close(self) -> None:
-        """Nothing is held."""

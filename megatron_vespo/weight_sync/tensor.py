@@ -20,8 +20,7 @@ from megatron_vespo.gpus import expandable_segments
 from megatron_vespo.models.export import Exporter, NamedTensor, TensorSpec
 from megatron_vespo.sglang_weights.memory import Handle, SharedBuffer, device_key
 from megatron_vespo.sglang_weights.wire import Change, Request
-from megatron_vespo.weight_sync.servers import Servers
-from megatron_vespo.weight_sync.transport import NamedTensors, Sent
+from megatron_vespo.weight_sync.transport import NamedTensors, StreamTransport
 
 
 class SharedBucket(list[NamedTensor]):
@@ -105,20 +104,12 @@ def _spread(buffer: SharedBuffer, nbytes: int, tensors: list[NamedTensor]) -> di
     return dict(parallel.gather_values(mine, tuple[str, Handle]))
 
 
-class TensorTransport:
+class TensorTransport(StreamTransport):
     """Has the workers of all servers read each bucket from their own devices; on rank 0.
 
     Args:
         servers: Who gets it; started with our loader as ``custom_weight_loader``, on devices of trainer ranks.
     """
-
-    def __init__(self, servers: Servers) -> None:
-        self._servers = servers
-        self.sent = Sent()
-
-    def begin(self, version: int) -> None:
-        """Start counting."""
-        self._version, self.sent = version, Sent()
 
     def send(self, tensors: NamedTensors) -> None:
         """Have one bucket, a :class:`SharedBucket`, read."""
@@ -127,13 +118,3 @@ class TensorTransport:
         request = Request("map", changes, memory=tensors.memory)
         self._servers.each(lambda control: self._servers.load(control, request, self._version))
         self.sent.bytes += sum(change.value_bytes for change in changes)
-
-    def finish(self) -> None:
-        """Nothing is left to do."""
-
-    def repair(self) -> bool:
-        """All weights were sent: sending them again would mend nothing."""
-        return False
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from megatron_vespo.weight_sync.servers import Servers
+
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
 
@@ -48,3 +50,30 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Give up what is held."""
+
+
+class StreamTransport:
+    """What transports share that hand all weights over bucket by bucket, each used by the servers when it comes.
+
+    Args:
+        servers: Who gets them.
+    """
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self._version = 0
+        self.sent = Sent()
+
+    def begin(self, version: int) -> None:
+        """Start counting."""
+        self._version, self.sent = version, Sent()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def repair(self) -> bool:
+        """All weights were sent: sending them again would mend nothing."""
+        return False
+
+    def close(self) -> None:
+        """Nothing is held."""

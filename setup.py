@@ -23,8 +23,10 @@ setup(
         "rich",
         "matplotlib",
         "tensorboard",
+        "pyarrow",
     ],
     extras_require={
+        "data": ["datasets", "reasoning-gym"],
         "gpu": ["transformer-engine[pytorch]"],
         "sglang": ["sglang==0.5.23"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "psutil"],

@@ -18,7 +18,8 @@ from megatron_vespo.algorithms.methods import (
 )
 from megatron_vespo.config import Config
 from megatron_vespo.connect import Connection
-from megatron_vespo.data.sft import SupervisedStream, read_supervised
+from megatron_vespo.data.sft import SupervisedStream
+from megatron_vespo.data.sources import read_texts
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.evaluation import NoEvaluation
 from megatron_vespo.loop import Algorithm
@@ -250,7 +251,7 @@ def make_link(
     def on_every() -> None:
         nonlocal inputs
         if parallel.is_main():
-            inputs = connect.prepare(config, architecture, tokenizer, stack)
+            inputs = connect.prepare(config, architecture, tokenizer, stack, announce)
         own.wait_ready()
 
     def on_main() -> None:
@@ -361,8 +362,12 @@ def _make_transport(config: Config, servers: Servers) -> Transport:
     return BroadcastTransport(servers)
 
 
-def make_sft_stream(config: Config, architecture: Architecture, tokenizer: Tokenizer) -> SupervisedStream:
+def make_sft_stream(
+    config: Config,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    announce: Callable[[str], None] = lambda text: None,
+) -> SupervisedStream:
     """Texts to learn, the same on every rank."""
-    assert config.data.train is not None
-    examples = read_supervised(config.data.train, tokenizer, architecture.context_length)
-    return SupervisedStream(examples, config.run.seed, config.data.shuffle)
+    examples, stages = read_texts(config.data, tokenizer, architecture.context_length, announce)
+    return SupervisedStream(examples, config.run.seed, config.data.shuffle, stages)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_vespo.config import Config
+from megatron_vespo.config import Config, SourceSection
+from megatron_vespo.data.rows import is_hub_name
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import check_megatron_options, data_parallel_size
 from megatron_vespo.metrics.conditions import choose_conditions, stop_after
@@ -125,15 +126,21 @@ def _check_replay(config: Config, folder: Path) -> None:
 
 
 def _check_data(config: Config) -> None:
-    for field, path in {"data.train": config.data.train, **_evaluation_files(config)}.items():
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"{field}: {path} not found")
-        if path is not None and Path(path).stat().st_size == 0:
-            raise UserError(f"{field}: {path} is empty; it needs one JSON object a line")
+    for field, source in _data_sources(config).items():
+        # A file is seen at once; what a folder, a name or a function holds is seen when it is read.
+        if source.path is None or Path(source.path).is_dir() or is_hub_name(source.path):
+            continue
+        if not Path(source.path).is_file():
+            raise UserError(f"{field}: {source.path} not found")
+        if Path(source.path).stat().st_size == 0:
+            raise UserError(f"{field}: {source.path} is empty; it needs one JSON object a line")
 
 
-def _evaluation_files(config: Config) -> dict[str, str]:
-    return {f"data.evaluation.{name}": path for name, path in config.data.evaluation.items()}
+def _data_sources(config: Config) -> dict[str, SourceSection]:
+    """All sources by where they stand in the configuration."""
+    several = isinstance(config.data.train, dict)
+    train = {f"data.train.{name}" if several else "data.train": s for name, s in config.data.train_sources.items()}
+    return {**train, **{f"data.evaluation.{name}": s for name, s in config.data.evaluation_sources.items()}}
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_vespo.config import Config, Section
+from megatron_vespo.config import Config, Section, SourceSection
 from megatron_vespo.errors import UserError
 from megatron_vespo.upstream import nearest
 
@@ -50,6 +51,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Keys that exist beside the last part of an error's location."""
     model: type[BaseModel] = Config
+    if "(source)" in location:  # one of data's sources
+        model, location = SourceSection, location[location.index("(source)") + 1 :]
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
@@ -62,13 +65,15 @@ def _explain(error: ValidationError, where: str) -> str:
     """One line for each thing that is wrong, naming the key."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        # Parts in brackets are not keys: they say which form of a value it was taken for.
+        location = tuple(part for part in item["loc"] if not str(part).startswith("("))
+        key = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), _known_keys(item['loc']))}")
+            lines.append(f"{key}: unknown key{nearest(str(location[-1]), _known_keys(item['loc']))}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
-        elif item["type"] == "value_error" and not key:
-            lines.append(str(item["ctx"]["error"]))
+        elif item["type"] == "value_error":
+            lines.append(f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"]))
         else:
             lines.append(f"{key}: {item['msg']}, not {item['input']!r}")
     return "\n".join(f"{where}: {line}" for line in lines)
@@ -134,15 +139,47 @@ def _first_line(text: str | None) -> str:
     return (text or "").strip().splitlines()[0]
 
 
-def _describe_fields(section: type[Section], prefix: str) -> list[str]:
+def _describe_fields(section: type[Section], prefix: str, shown: set[type[Section]] | None = None) -> list[str]:
+    """A field a line, and those of the sections that its values may be, each section once."""
+    shown = set() if shown is None else shown
     lines = []
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            lines += _describe_fields(kind, f"{prefix}.{name}")
+            lines += _describe_fields(kind, f"{prefix}.{name}", shown)
             continue
-        shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         default = "required" if field.is_required() else f"default {field.get_default()!r}"
         meaning = " ".join((field.description or "").split())
-        lines.append(f"  {prefix}.{name}  ({shown}; {default})\n      {meaning}")
+        lines.append(f"  {prefix}.{name}  ({_type_name(kind)}; {default})\n      {meaning}")
+        for inner in _sections_in(kind):
+            if inner not in shown:
+                shown.add(inner)
+                lines += _describe_fields(
+                    inner, f"{prefix}.{name}.*" if _holds_many(kind) else f"{prefix}.{name}", shown
+                )
     return lines
+
+
+def _sections_in(kind: Any) -> Iterator[type[Section]]:
+    if isinstance(kind, type) and issubclass(kind, Section):
+        yield kind
+    for argument in get_args(kind):
+        yield from _sections_in(argument)
+
+
+def _holds_many(kind: Any) -> bool:
+    return get_origin(kind) in (dict, list) or any(_holds_many(argument) for argument in get_args(kind))
+
+
+def _type_name(kind: Any) -> str:
+    """As it is written in Python, without what only validation needs."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(argument) for argument in arguments)
+    if origin in (dict, list):
+        return f"{origin.__name__}[{', '.join(_type_name(argument) for argument in arguments)}]"
+    if kind is NoneType:
+        return "None"
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_vespo.config import Config
 from megatron_vespo.data.prompts import PromptDataset, PromptStream
+from megatron_vespo.data.sources import make_stages, read_evaluation, read_training
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import Evaluator
@@ -73,7 +74,13 @@ class Inputs:
     scorer: RewardPool
 
 
-def prepare(config: Config, architecture: Architecture, tokenizer: Tokenizer, stack: ExitStack) -> Inputs:
+def prepare(
+    config: Config,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    stack: ExitStack,
+    announce: Callable[[str], None] = lambda text: None,
+) -> Inputs:
     """Read the prompts and start what scores; on rank 0.
 
     Args:
@@ -81,11 +88,12 @@ def prepare(config: Config, architecture: Architecture, tokenizer: Tokenizer, st
         architecture: Limits of prompts and ids.
         tokenizer: Texts.
         stack: Takes what must be closed at the end.
+        announce: Told what people should know.
 
     Raises:
         UserError: Data or reward are not as they should be.
     """
-    train, evaluation = _read_prompts(config, architecture, tokenizer)
+    train, evaluation = _read_prompts(config, architecture, tokenizer, announce)
     scorer = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
     stack.callback(scorer.close)
     scorer.start()
@@ -135,7 +143,7 @@ def connect(
     engine = RolloutEngine(
         fleet,
         dispatcher,
-        PromptStream(train, config.run.seed, config.data.shuffle),
+        PromptStream(train, config.run.seed, config.data.shuffle, make_stages(train, config.data.curriculum)),
         RolloutBuffer(
             rollout.prompts_per_step, rollout.max_staleness, math.ceil(rollout.over_sampling * rollout.prompts_per_step)
         ),
@@ -269,17 +277,14 @@ def _sampling(config: Config, temperature: float, *, evaluation: bool = False) -
 
 
 def _read_prompts(
-    config: Config, architecture: Architecture, tokenizer: Tokenizer
+    config: Config, architecture: Architecture, tokenizer: Tokenizer, announce: Callable[[str], None]
 ) -> tuple[PromptDataset, dict[str, list[Prompt]]]:
     room = architecture.context_length - config.rollout.max_new_tokens
     limit = min(config.rollout.max_prompt_tokens or room, room)
-    assert config.data.train is not None
-    train = PromptDataset.from_jsonl(config.data.train, tokenizer, limit)
+    held_out = read_evaluation(config.data, tokenizer, limit, announce)
+    train = read_training(config.data, tokenizer, limit, held_out, announce)
     _check_packing(config, max(len(record.input_ids) for record in train.records))
-    sets = {
-        name: PromptDataset.from_jsonl(path, tokenizer, limit).prompts(config.evaluation.max_prompts)
-        for name, path in config.data.evaluation.items()
-    }
+    sets = {name: dataset.prompts(config.evaluation.max_prompts) for name, dataset in held_out.items()}
     return train, sets
 
 

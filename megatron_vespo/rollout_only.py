@@ -54,7 +54,7 @@ def generate(
     recorder = connect.make_recorder(config, architecture, tokenizer, facts, lambda place: nullcontext())
     stack.callback(recorder.finish)
     with recorder.phase(f"connecting to SGLang ({placement})"):
-        inputs = connect.prepare(config, architecture, tokenizer, stack)
+        inputs = connect.prepare(config, architecture, tokenizer, stack, recorder.message)
         own.wait_ready()
         connection = connect.connect(
             config,

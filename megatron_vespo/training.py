@@ -84,7 +84,7 @@ def train(
             progress, data = restore(trainer.checkpoints, resume_after, recorder.message)
     stop.defer()  # from here on the loop asks
     if config.objective == "sft":
-        stream = assemble.make_sft_stream(config, architecture, tokenizer)
+        stream = assemble.make_sft_stream(config, architecture, tokenizer, recorder.message)
         if data is not None:
             stream.load_state_dict(msgspec.json.decode(data))
         state = partial(_encode, stream)

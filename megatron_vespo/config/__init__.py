@@ -12,8 +12,10 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
+from megatron_vespo.config.data import DataSection as DataSection
+from megatron_vespo.config.data import ReasoningGymSection as ReasoningGymSection
+from megatron_vespo.config.data import SourceSection as SourceSection
 from megatron_vespo.config.learning import AlgorithmSection as AlgorithmSection
-from megatron_vespo.config.learning import DataSection as DataSection
 from megatron_vespo.config.learning import EvaluationSection as EvaluationSection
 from megatron_vespo.config.learning import RewardSection as RewardSection
 from megatron_vespo.config.learning import TrainingSection as TrainingSection
@@ -78,7 +80,9 @@ class Config(Section):
         if self.preflight.only and (self.objective != "rl" or self.rollout.replay is not None):
             raise ValueError("preflight.only: there is no pre-flight without a trainer and a server to sample from")
         if self.data.train is None and self.rollout.replay is None:
-            raise ValueError("data.train: missing; name a jsonl file")
+            raise ValueError("data.train: missing; name a jsonl or parquet file, or another source")
+        if self.data.curriculum is not None and self.objective == "sft":
+            raise ValueError("data.curriculum: objective sft draws all its texts at all times; leave it out")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Sections about learning: data, rewards, algorithm, schedule, evaluation."""
+"""Sections about learning: rewards, algorithm, schedule, evaluation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_vespo.config.section import Section
-
-
-class DataSection(Section):
-    """Prompts: jsonl files, one object a line with ``prompt``, ``label`` and ``metadata``."""
-
-    train: str | None = None
-    """Training prompts (objectives rl and rollout) or texts (sft: ``prompt`` and ``response``, or ``text``)."""
-    evaluation: dict[str, str] = {}
-    """Held-out prompt files by the name that their metrics get."""
-    shuffle: bool = True
-    """Reshuffle the training data in every epoch, by run.seed."""
 
 
 class RewardSection(Section):

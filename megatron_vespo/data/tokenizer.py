@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,8 +40,14 @@ class Tokenizer(Protocol):
         """Text of token ids, special tokens kept."""
         ...
 
-    def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation by the tokenizer's chat template. A UserError if it has none."""
+    def encode_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation by the tokenizer's chat template; ``variables`` are further ones that it reads.
+
+        Raises:
+            UserError: it has no template, or the template refuses.
+        """
         ...
 
 
@@ -91,7 +97,9 @@ class HuggingFaceTokenizer:
         """See :class:`Tokenizer`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """See :class:`Tokenizer`."""
         if not isinstance(self._template, str):
             raise UserError(
@@ -102,7 +110,12 @@ class HuggingFaceTokenizer:
 
         try:
             text = _compile(self._template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
+                {
+                    **self._special_tokens,
+                    **(variables or {}),
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except jinja2.TemplateError as error:
             raise UserError(f"{self._folder}: the chat template refuses the messages: {error}") from error
@@ -140,7 +153,9 @@ class SentencePieceTokenizer:
         """See :class:`Tokenizer`."""
         return str(self._model.decode(list(ids)))
 
-    def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """See :class:`Tokenizer`."""
         raise UserError(f"{self._file}: a SentencePiece model has no chat template; give prompts as text")
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from megatron_vespo.dotted import load_object
 from megatron_vespo.errors import UserError
+from megatron_vespo.rewards.reasoning import reasoning_gym
 from megatron_vespo.types import Sample
 
 # Scores one sample; may be ``async def``. It must not change the sample.
@@ -21,7 +22,7 @@ def exact_match(sample: Sample) -> float:
     return float(_END_TOKENS.sub("", sample.text).strip() == sample.prompt.label.strip())
 
 
-BUILTIN_REWARDS: dict[str, RewardFunction] = {"exact_match": exact_match}
+BUILTIN_REWARDS: dict[str, RewardFunction] = {"exact_match": exact_match, "reasoning_gym": reasoning_gym}
 
 
 def load_reward(spec: str) -> RewardFunction:

@@ -50,7 +50,10 @@ def test_all_spellings_of_a_prompt(tmp_path: Path, tokenizer: Tokenizer) -> None
         ({"prompt": 3}, r"prompts.jsonl:2: 'prompt' must be text, a list of messages or a list of token ids"),
         ({"prompt": [1, 64]}, r"prompts.jsonl:2: .*outside the vocabulary of 64"),
         ({"prompt": "1", "metadata": 3}, r"prompts.jsonl:2: 'metadata' must be an object"),
-        ({"prompt": "1 2 3 4 5"}, r"prompts.jsonl:2: the prompt has 5 tokens, the limit is 4; raise the limit"),
+        (
+            {"prompt": "1 2 3 4 5"},
+            r"prompts.jsonl:2: the prompt has 5 tokens, the limit is 4; 1 of 2 prompts are longer: raise the limit",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, line: Any, message: str) -> None:
@@ -64,8 +67,11 @@ def test_a_bad_file_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="is empty"):
         PromptDataset.from_jsonl(write(tmp_path), tokenizer, 4)
     (tmp_path / "data.parquet").touch()
-    with pytest.raises(UserError, match=r"must be a \.jsonl file"):
+    with pytest.raises(UserError, match="not a readable parquet file"):
         PromptDataset.from_jsonl(tmp_path / "data.parquet", tokenizer, 4)
+    (tmp_path / "data.csv").touch()
+    with pytest.raises(UserError, match=r"must be a \.jsonl file"):
+        PromptDataset.from_jsonl(tmp_path / "data.csv", tokenizer, 4)
 
 
 @given(size=st.integers(1, 9), seed=st.integers(0, 5), cut=st.integers(0, 30), shuffle=st.booleans())

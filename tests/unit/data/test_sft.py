@@ -50,7 +50,7 @@ def test_the_stream_resumes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ("line", "message"),
     [
         ({"prompt": "1"}, r"examples.jsonl:1: needs 'prompt' and 'response' .*it has prompt"),
-        ({"prompt": 1, "response": "2"}, r"examples.jsonl:1: 'prompt' must be text or a list of messages"),
+        ({"prompt": 1, "response": "2"}, r"examples.jsonl:1: 'prompt' must be text, a list of messages"),
         ({"text": "1 2 3 4"}, r"examples.jsonl:1: the example has 5 tokens, the limit is 4"),
     ],
 )

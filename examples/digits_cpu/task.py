@@ -55,18 +55,29 @@ def draw_digits(count: int, rng: random.Random) -> list[tuple[int, ...]]:
     return list(drawn)
 
 
+def make_rows(
+    seed: int, *, sft: int = 8192, train: int = 4096, heldout: int = 256, wrong_sum: float = WRONG_SUM
+) -> dict[str, list[dict[str, str]]]:
+    rng = random.Random(seed)
+    digits = draw_digits(sft + train + heldout, rng)
+    return {
+        "sft": [make_text(d, rng, wrong_sum) for d in digits[:sft]],
+        "train": [make_prompt(d) for d in digits[sft : sft + train]],
+        "heldout": [make_prompt(d) for d in digits[sft + train :]],
+    }
+
+
+def rows(name: str, seed: int = 1) -> list[dict[str, str]]:
+    """The rows of one file, without the file: a data source ``function`` of a configuration."""
+    return make_rows(seed)[name]
+
+
 def write_data(
     folder: Path, seed: int, *, sft: int = 8192, train: int = 4096, heldout: int = 256, wrong_sum: float = WRONG_SUM
 ) -> None:
-    rng = random.Random(seed)
-    digits = draw_digits(sft + train + heldout, rng)
-    files = {
-        "sft.jsonl": [make_text(d, rng, wrong_sum) for d in digits[:sft]],
-        "train.jsonl": [make_prompt(d) for d in digits[sft : sft + train]],
-        "heldout.jsonl": [make_prompt(d) for d in digits[sft + train :]],
-    }
-    for name, lines in files.items():
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for name, lines in make_rows(seed, sft=sft, train=train, heldout=heldout, wrong_sum=wrong_sum).items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def write_model(folder: Path, **sizes: int) -> None:

@@ -52,7 +52,8 @@ def sample(prompt: Prompt, text: str) -> Sample:
 @pytest.mark.parametrize(
     "task", ["chain_sum", "arc_agi", "rearc", "countdown", "puzzle24", "word_ladder", "spell_backward", "gsm_symbolic"]
 )
-def test_a_task_gives_its_own_answer_the_whole_reward(task: str) -> None:
+def test_a_task_gives_its_own_answer_the_whole_reward(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # word_ladder asks for it
     reward = load_reward("reasoning_gym")
     for prompt in prompts(task, seed=5):
         assert reward(sample(prompt, f"Let me think. <answer> {prompt.label} </answer><|im_end|>")) == 1.0
@@ -111,6 +112,12 @@ def test_workers_score_it() -> None:
 def test_a_wrong_task_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(reasoning.rows(ReasoningGymSection(size=1, **settings)))
+
+
+def test_a_task_that_is_not_the_same_in_every_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(UserError, match=r"'word_ladder' makes other prompts in every process.*PYTHONHASHSEED=0"):
+        list(reasoning.rows(ReasoningGymSection(task="word_ladder", size=1)))
 
 
 def test_levels_are_spread_evenly_and_grow() -> None:

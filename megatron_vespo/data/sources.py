@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ def read_training(
 ) -> PromptDataset:
     """All training prompts of at most ``limit`` tokens; ``announce`` is told how many were left out.
 
-    A task of reasoning_gym may make a prompt of ``held_out`` again with another seed; it is left out too.
+    A task of reasoning_gym, or a function, may make a prompt of ``held_out`` again; it is left out too.
 
     Raises:
         UserError: as :func:`megatron_vespo.data.rows.read_rows` and :func:`read_prompts`.
@@ -37,7 +38,7 @@ def read_training(
     sources = []
     for name, section in data.train_sources.items():
         source = _told(read_source(name, section, data, tokenizer, limit), limit, announce)
-        if section.reasoning_gym is not None:
+        if section.path is None:
             source = _without(source, known, announce)
         sources.append(source)
     return PromptDataset.of(sources)
@@ -60,21 +61,21 @@ def read_texts(
 ) -> tuple[list[SupervisedExample], list[Stage]]:
     """Texts to learn, all sources one after the other, and how the sources are mixed.
 
-    What a task of reasoning_gym made for an evaluation set is left out. Raises as
+    What was made for an evaluation set, and not read from a file, is left out. Raises as
     :func:`megatron_vespo.data.sft.make_supervised`.
     """
     known = {
-        row["prompt"]
+        json.dumps(row.get("prompt"))
         for source in data.evaluation_sources.values()
-        if source.reasoning_gym is not None
+        if source.path is None
         for _, row in rows_of(source)
     }
     examples: list[SupervisedExample] = []
     members, weights = [], []
     for name, source in data.train_sources.items():
         rows = rows_of(source)
-        if source.reasoning_gym is not None:
-            rows = ((where, row) for where, row in rows if row["prompt"] not in known)
+        if source.path is None:
+            rows = ((where, row) for where, row in rows if json.dumps(row.get("prompt")) not in known)
         found, dropped = make_supervised(rows, tokenizer, limit, form_of(source, data))
         if not found:
             raise UserError(f"data.train: nothing of {name} is left: {dropped} texts are longer than {limit} tokens")
@@ -172,7 +173,7 @@ def _without(source: Source, known: set[bytes], announce: Callable[[str], None])
     records = [record for record in source.records if record.input_ids.tobytes() not in known]
     if not records:
         raise UserError(
-            f"data.train: every prompt of {source.name} is an evaluation prompt too; the task makes too few"
+            f"data.train: every prompt of {source.name} is an evaluation prompt too; its source makes too few"
         )
     if len(records) < len(source.records):
         announce(f"{source.name}: left out {len(source.records) - len(records)} prompts that evaluation has too")

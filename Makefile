@@ -1,10 +1,11 @@
-.PHONY: demo chaos layouts lab-quick lab test lint format clean
+.PHONY: demo demo-reasoning chaos layouts lab-quick lab test lint format clean
 .DEFAULT_GOAL := help
 
 READY := .venv/.ready
 
 help:
 	@echo "make demo      set everything up and run the demo: a tiny MoE learns arithmetic with VESPO (about 5 minutes)"
+	@echo "make demo-reasoning  the same with a task of reasoning_gym: no data files, no reward to write (about 5 minutes)"
 	@echo "make chaos     the demo while its server, a trainer rank, the reward and the disk fail (about 5 minutes)"
 	@echo "make layouts   compare parallel layouts (TP, PP, EP, DP and more) with a float64 reference (about 5 minutes)"
 	@echo "make lab-quick compare 8 methods on stale samples: table, plots, page in runs/lab-quick (about 10 minutes)"
@@ -18,6 +19,9 @@ $(READY): constraints.txt tools/requirements-cpu.txt tools/setup_env.sh setup.py
 
 demo: $(READY)
 	examples/digits_cpu/run.sh
+
+demo-reasoning: $(READY)
+	examples/reasoning_cpu/run.sh $(ARGS)
 
 chaos: $(READY)
 	examples/chaos_cpu/run.sh $(ARGS)

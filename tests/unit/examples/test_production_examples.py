@@ -32,7 +32,13 @@ ARCHITECTURES = ROOT / "tests" / "fixtures" / "architectures"
 # Configuration -> nodes.
 PRODUCTION = {"qwen3_8b/async": 1, "qwen3_30b_a3b/sync": 2, "qwen3_30b_a3b/async": 2, "qwen3_235b_a22b/sync": 16}
 # Configuration -> ranks, on one node without GPUs.
-SMALL = {"digits_cpu/rl": 2, "digits_cpu/sft": 2, "layouts_cpu/config": 1}
+SMALL = {
+    "digits_cpu/rl": 2,
+    "digits_cpu/sft": 2,
+    "layouts_cpu/config": 1,
+    "reasoning_cpu/rl": 2,
+    "reasoning_cpu/sft": 2,
+}
 
 
 def load(name: str, *overrides: str) -> Config:

@@ -22,6 +22,7 @@ setup(
         "msgspec",
         "rich",
         "matplotlib",
+        "math-verify[antlr4_13_2]",
         "tensorboard",
         "pyarrow",
     ],

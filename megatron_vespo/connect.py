@@ -22,6 +22,7 @@ from megatron_vespo.models.hf_config import Architecture
 from megatron_vespo.record import Place, Recorder
 from megatron_vespo.rewards.failures import check_failures
 from megatron_vespo.rewards.pool import RewardPool
+from megatron_vespo.rewards.terms import terms_of
 from megatron_vespo.rollout.addresses import server_addresses
 from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.rollout.buffer import RolloutBuffer
@@ -94,7 +95,7 @@ def prepare(
         UserError: Data or reward are not as they should be.
     """
     train, evaluation = _read_prompts(config, architecture, tokenizer, announce)
-    scorer = RewardPool(config.reward.function, workers=config.reward.workers, timeout=config.reward.timeout)
+    scorer = RewardPool(terms_of(config.reward), workers=config.reward.workers, timeout=config.reward.timeout)
     stack.callback(scorer.close)
     scorer.start()
     return Inputs(train, evaluation, scorer)
@@ -155,9 +156,7 @@ def connect(
             seed=config.run.seed if all(info.deterministic for info in infos) else None,
             filter_equal=rollout.filter_equal_groups,
         ),
-        check_batch=partial(
-            check_failures, max_failed_share=config.reward.max_failed_share, spec=config.reward.function
-        ),
+        check_batch=partial(check_failures, max_failed_share=config.reward.max_failed_share, spec=config.reward.spec),
         sampled_under=_sampled_under(config),
         ahead=not config.shares_devices,
         stop_requested=stop_requested,
@@ -258,7 +257,7 @@ def _sampled_under(config: Config) -> dict[str, Any]:
         "rollout.max_new_tokens": rollout.max_new_tokens,
         "rollout.stop_token_ids": rollout.stop_token_ids,
         "training.minibatches_per_step": config.training.minibatches_per_step,
-        "reward.function": config.reward.function,
+        "reward.function": config.reward.spec,
     }
 
 

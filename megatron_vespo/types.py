@@ -66,6 +66,7 @@ class Sample:
         advantage: Set by ``algorithms.advantages`` once the group is complete.
         reward_error: Why it could not be scored: the reward function failed, crashed or took too long. Such a sample
             has advantage 0 and counts for nothing in its group. Empty otherwise.
+        reward_terms: Values of the rewards of which it is the weighted sum, by name; empty where it is none.
         routed_experts: Experts that the sampler chose in the forward pass that gave each token its distribution, which
             is that of the token before it: shape [R, layers, experts a token], every layer of the model, in any order;
             UNKNOWN_EXPERT throughout a token whose routing is not known. None: nothing is known.
@@ -84,6 +85,7 @@ class Sample:
     routed_experts: ExpertArray | None = None
     log_old: FloatArray | None = None
     log_ref: FloatArray | None = None
+    reward_terms: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

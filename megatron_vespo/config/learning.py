@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import Counter
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_vespo.config.section import Section
 
 
+class RewardTerm(Section):
+    """One of several rewards that are added up."""
+
+    function: str
+    """As reward.function."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Its factor in the sum; may be negative."""
+    params: dict[str, Any] = {}
+    """As reward.params."""
+    name: str = Field(default="", pattern=r"^[\w.-]*$")
+    """Of its metric, reward/<name>. Default: the function's name."""
+    sources: list[str] | None = None
+    """Only for prompts whose ``data_source`` (a key of their line in the data) is one of these; ``*`` stands for any
+    text. Default: for all."""
+
+    @property
+    def label(self) -> str:
+        """Its name, or its function's."""
+        return self.name or self.function.rpartition(":")[2]
+
+
 class RewardSection(Section):
-    """The verifiable reward."""
+    """The verifiable reward: one function, or several that are added up."""
 
     function: str = "exact_match"
-    """A built-in name, ``path/to/file.py:function`` or ``package.module:function``; called with a Sample, in a worker
-    process."""
+    """A built-in name (math, exact_match, multiple_choice, code, reasoning_gym, format, overlong, truncated,
+    http), ``path/to/file.py:function`` or ``package.module:function``; called with a Sample, in a worker process."""
+    params: dict[str, Any] = {}
+    """Further arguments of the function, by name (docs/rewards.md)."""
+    terms: list[RewardTerm] = []
+    """Instead of function: several rewards, whose weighted sum is the reward. Each has function, and may have weight,
+    params, name, and sources."""
     workers: int = Field(default=2, ge=1)
     """Processes that score samples."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds that scoring one sample may take. Its worker is then killed, and the sample is not trained on."""
     max_failed_share: float = Field(default=0.5, ge=0, le=1)
     """Share of a batch's samples that may fail to be scored (an exception, a crash, a timeout); more end the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.terms:
+            return self
+        if {"function", "params"} & self.model_fields_set:
+            raise ValueError("terms: not together with function and params; make the function one of the terms")
+        for label, count in Counter(term.label for term in self.terms).items():
+            if count > 1:
+                raise ValueError(f"terms: {count} of them are called {label!r}; give each a name")
+        if all(not term.weight for term in self.terms):
+            raise ValueError("terms: every weight is 0")
+        return self
+
+    @property
+    def spec(self) -> str:
+        """How messages call the reward: the function, or the terms."""
+        return " + ".join(term.label for term in self.terms) or self.function
 
 
 class AlgorithmSection(Section):

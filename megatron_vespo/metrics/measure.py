@@ -30,6 +30,16 @@ def rollout_metrics(groups: Sequence[SampleGroup]) -> Values:
         "rollout/response_length_max": float(lengths.max()),
         "rollout/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
         "rollout/equal_reward_share": float(np.mean(equal)),
+        **_reward_terms(samples),
+    }
+
+
+def _reward_terms(samples: Sequence[Sample]) -> Values:
+    """Means of the terms of which rewards are made, each over the samples that have it."""
+    names = dict.fromkeys(name for sample in samples for name in sample.reward_terms)
+    return {
+        f"reward/{name}": float(np.mean([s.reward_terms[name] for s in samples if name in s.reward_terms]))
+        for name in names
     }
 
 

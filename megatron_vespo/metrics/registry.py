@@ -29,7 +29,7 @@ class Combine(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of the table. ``<set>`` in a name stands for the name of an evaluation set."""
+    """One row of the table. ``<set>`` in a name stands for an evaluation set's, ``<term>`` for one of reward.terms."""
 
     name: str
     unit: str
@@ -100,6 +100,12 @@ _PLAIN = (
         "share",
         _MEAN,
         "Share of samples that could not be scored: the reward function failed, crashed or took too long.",
+    ),
+    (
+        "reward/<term>",
+        "",
+        _MEAN,
+        "Mean of one of reward.terms, without its weight, over the samples that it was asked of.",
     ),
     ("rollout/response_length_mean", "tokens", _MEAN, "Mean response length."),
     ("rollout/response_length_max", "tokens", _MAX, "Longest response."),
@@ -198,14 +204,17 @@ def _up_to(high: float) -> str:
 METRICS: dict[str, Metric] = _build_table()
 
 _EVAL_NAME = re.compile(r"eval/[^/]+/(?P<field>[^/]+)")
+_TERM_NAME = re.compile(r"reward/[^/]+")
 
 
 def metric(name: str) -> Metric:
-    """The row of the table for ``name``, ``eval/gsm8k/accuracy`` finding ``eval/<set>/accuracy``.
+    """The row for ``name``: ``eval/gsm8k/accuracy`` finds ``eval/<set>/accuracy``, ``reward/math`` ``reward/<term>``.
 
     Raises:
         ValueError: The table has no such name.
     """
+    if _TERM_NAME.fullmatch(name):
+        return METRICS["reward/<term>"]
     match = _EVAL_NAME.fullmatch(name)
     row = METRICS.get(f"eval/<set>/{match['field']}" if match else name)
     if row is None:

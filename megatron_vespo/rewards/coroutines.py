@@ -9,8 +9,8 @@ import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-from megatron_vespo.rewards.failures import as_reward, describe_error
-from megatron_vespo.rewards.protocol import LENGTH, Answer, Mark, decode_request, encode
+from megatron_vespo.rewards.failures import describe_error
+from megatron_vespo.rewards.protocol import LENGTH, Answer, Mark, answer_with, decode_request, encode
 from megatron_vespo.types import Sample
 
 # Kept, so that what an ordinary function's awaitables share, such as connections, stays in one event loop.
@@ -50,7 +50,7 @@ async def _serve(
         pid, clock = os.getpid(), asyncio.timeout(timeout)
         try:
             async with clock:
-                answer = Answer(number, as_reward(await _marked(function(sample), mark, number)))
+                answer = answer_with(number, await _marked(function(sample), mark, number))
         except BaseException as error:  # noqa: BLE001 - whatever it raises costs one sample
             timed_out = isinstance(error, TimeoutError) and clock.expired()
             answer = Answer(number, None, describe_error(error), timed_out)

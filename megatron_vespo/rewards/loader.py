@@ -2,48 +2,74 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Awaitable, Callable
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from megatron_vespo.dotted import load_object
 from megatron_vespo.errors import UserError
-from megatron_vespo.rewards.reasoning import reasoning_gym
 from megatron_vespo.types import Sample
 
 # Scores one sample; may be ``async def``. It must not change the sample.
 RewardFunction = Callable[[Sample], float | Awaitable[float]]
 
-# Sample.text keeps special tokens, so the stop token that ended the response stands at its end.
-_END_TOKENS = re.compile(r"(?:\s|<\|[^<>|]*\|>|</s>|<eos>|<pad>)+\Z")
+_HERE = "megatron_vespo.rewards"
+# Imported only where they are used: SymPy alone takes longer than all the rest.
+BUILTIN_REWARDS: dict[str, str] = {
+    "code": f"{_HERE}.code:CodeReward",
+    "exact_match": f"{_HERE}.answers:exact_match",
+    "format": f"{_HERE}.shaping:format_rule",
+    "http": f"{_HERE}.remote:HttpReward",
+    "math": f"{_HERE}.mathematics:math_answer",
+    "multiple_choice": f"{_HERE}.answers:multiple_choice",
+    "overlong": f"{_HERE}.shaping:overlong",
+    "reasoning_gym": f"{_HERE}.reasoning:reasoning_gym",
+    "truncated": f"{_HERE}.shaping:truncated",
+}
 
 
-def exact_match(sample: Sample) -> float:
-    """1.0 where the response is the label and nothing else, spaces and end-of-text tokens around it aside; else 0.0."""
-    return float(_END_TOKENS.sub("", sample.text).strip() == sample.prompt.label.strip())
-
-
-BUILTIN_REWARDS: dict[str, RewardFunction] = {"exact_match": exact_match, "reasoning_gym": reasoning_gym}
-
-
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFunction:
     """Find a reward function.
 
     Args:
-        spec: A built-in name (``exact_match``), ``path/to/file.py:function`` or ``package.module:function``.
+        spec: A built-in name (``exact_match``), ``path/to/file.py:function`` or ``package.module:function``. A class is
+            called once, with the parameters; what it makes is the function.
+        params: Further arguments, by name: a function gets them after the sample, a class alone.
 
     Raises:
-        UserError: The name, file, module or function does not exist, or is not callable. Errors raised by the user's
-            own module while it is imported pass through with their traceback.
+        UserError: The name, file, module or function does not exist, is not callable, or does not take the parameters.
+            Errors raised by the user's own module while it is imported pass through with their traceback.
     """
-    if ":" not in spec:
+    if ":" not in spec and spec not in BUILTIN_REWARDS:
+        raise UserError(
+            f"unknown reward {spec!r}; built in: {', '.join(BUILTIN_REWARDS)}; "
+            "or write path/to/file.py:function or package.module:function"
+        )
+    try:
+        function = load_object(BUILTIN_REWARDS.get(spec, spec), "reward")
+    except ModuleNotFoundError as error:
         if spec not in BUILTIN_REWARDS:
-            raise UserError(
-                f"unknown reward {spec!r}; built in: {', '.join(sorted(BUILTIN_REWARDS))}; "
-                "or write path/to/file.py:function or package.module:function"
-            )
-        return BUILTIN_REWARDS[spec]
-
-    function = load_object(spec, "reward")
+            raise
+        raise UserError(f"reward {spec} needs a package that is not installed: {error.name}") from error
     if not callable(function):
         raise UserError(f"reward {spec!r} is a {type(function).__name__}, not a function")
-    return function
+    return _with_params(spec, function, dict(params or {}))
+
+
+def _with_params(spec: str, function: Any, params: dict[str, Any]) -> RewardFunction:
+    is_class = isinstance(function, type)
+    if params or is_class or spec in BUILTIN_REWARDS:
+        try:
+            inspect.signature(function).bind(*() if is_class else (None,), **params)
+        except TypeError as error:
+            raise UserError(f"reward {spec}: params do not fit: {error}") from None
+    if not is_class:
+        return functools.partial(function, **params) if params else function
+    try:
+        made = function(**params)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"reward {spec}: {error}") from error
+    if not callable(made):
+        raise UserError(f"reward {spec!r} is a class whose objects cannot be called")
+    return made

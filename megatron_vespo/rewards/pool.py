@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import threading
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from megatron_vespo.errors import UserError
 from megatron_vespo.rewards.failures import RewardCounts, RewardFailure
 from megatron_vespo.rewards.process import Job, Loss, WorkerNotReadyError, WorkerProcess, timeout_message
-from megatron_vespo.rewards.protocol import Answer, encode_request
+from megatron_vespo.rewards.protocol import Answer, Term, encode_request
 from megatron_vespo.types import Sample
 
 # Starts in a row that may fail until the pool gives up.
@@ -33,13 +34,16 @@ class RewardPool:
     Everything happens in an event loop of the pool's own, in a thread of its own, so that a busy caller delays nobody.
 
     Args:
-        spec: The reward function, as :func:`load_reward` reads it; relative paths start at the current folder.
+        reward: The reward function, as :func:`load_reward` reads it, or several to be added up; relative paths start at
+            the current folder.
         workers: Processes.
         timeout: Seconds that scoring one sample may take, from when a worker begins with it.
     """
 
-    def __init__(self, spec: str, *, workers: int, timeout: float) -> None:
-        self._spec = spec
+    def __init__(self, reward: str | Sequence[Term], *, workers: int, timeout: float) -> None:
+        self._terms = [Term("", reward)] if isinstance(reward, str) else list(reward)
+        self._spec = " + ".join(term.name or term.function for term in self._terms)
+        self._notices: list[str] = []
         self._n_workers = workers
         self._timeout = timeout
         self._thread: threading.Thread | None = None
@@ -79,6 +83,8 @@ class RewardPool:
     async def score(self, sample: Sample) -> float:
         """The sample's reward. May be called any number of times at once.
 
+        Where the reward is a sum, the values of its terms are put into ``sample.reward_terms``.
+
         Raises:
             RewardFailure: This sample could not be scored.
             UserError: Its prompt's metadata cannot be sent, or workers cannot be started any more.
@@ -89,7 +95,10 @@ class RewardPool:
             if not self._is_open:
                 raise RuntimeError("the reward pool was not started, or was closed")
             self._loop.call_soon_threadsafe(self._enqueue, job)
-        return await asyncio.wrap_future(job.future)
+        answer = await asyncio.wrap_future(job.future)
+        assert answer.reward is not None  # otherwise the future raises
+        sample.reward_terms = answer.terms
+        return answer.reward
 
     def take_counts(self) -> RewardCounts:
         """What became of samples since the last call."""
@@ -133,11 +142,19 @@ class RewardPool:
     async def _start_worker(self) -> None:
         if self._refusal is not None:
             raise WorkerNotReadyError(str(self._refusal))
-        worker = WorkerProcess(self._spec, self._timeout, self._answered, self._lost)
+        worker = WorkerProcess(self._terms, self._timeout, self._answered, self._lost)
         worker.spawn()
         self._workers.add(worker)
         worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
         await worker.wait_ready()
+        self._tell(worker.notices)
+
+    def _tell(self, notices: Sequence[str]) -> None:
+        """Tell people, once: every worker says the same."""
+        for notice in notices:
+            if notice not in self._notices:
+                self._notices.append(notice)
+                sys.stderr.write(f"{notice}\n")
 
     async def _replace_worker(self) -> None:
         for attempt in range(1, MAX_STARTS + 1):
@@ -186,7 +203,7 @@ class RewardPool:
     def _answered(self, worker: WorkerProcess, job: Job, answer: Answer) -> None:
         if answer.reward is not None:
             self._counts.scored += 1
-            _settle(job, answer.reward)
+            _settle(job, answer)
         elif answer.timed_out:
             self._counts.timed_out += 1
             _settle(job, RewardFailure(timeout_message(self._timeout)))
@@ -224,7 +241,7 @@ class RewardPool:
             await asyncio.wait(ends, timeout=CLOSE_SECONDS)
 
 
-def _settle(job: Job, result: float | Exception) -> None:
+def _settle(job: Job, result: Answer | Exception) -> None:
     if not job.future.set_running_or_notify_cancel():
         return  # whoever asked was cancelled
     if isinstance(result, Exception):

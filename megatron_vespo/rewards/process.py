@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import IO
@@ -20,7 +20,7 @@ import msgspec
 
 from megatron_vespo.guard import guarded
 from megatron_vespo.rewards.failures import shorten
-from megatron_vespo.rewards.protocol import Answer, Frames, Mark, Ready, Setup, encode
+from megatron_vespo.rewards.protocol import Answer, Frames, Mark, Ready, Setup, Term, encode
 
 WORKER_MODULE = "megatron_vespo.rewards.worker"
 # An import that takes longer will not end.
@@ -46,14 +46,14 @@ class Job:
     Attributes:
         number: Of the request.
         request: The sample, as a frame.
-        future: Gets the reward.
+        future: Gets the answer, which has a reward, or the reason why not.
         sent: time.monotonic() of when a worker got it.
         suspicions: Workers that were lost with this sample and others in them, without a sign of which it was.
     """
 
     number: int
     request: bytes
-    future: Future[float]
+    future: Future[Answer]
     sent: float = 0.0
     suspicions: int = 0
 
@@ -82,7 +82,7 @@ class WorkerProcess(asyncio.Protocol):
     """A worker, from its start to its end. Everything happens in the event loop in which it was started.
 
     Args:
-        spec: The reward function's name.
+        terms: What it computes.
         timeout: Seconds that one sample may take.
         answered: Called with each answer and its sample.
         lost: Called once if it ends or must be killed after it was ready; its samples are still in ``jobs`` then.
@@ -90,19 +90,20 @@ class WorkerProcess(asyncio.Protocol):
 
     def __init__(
         self,
-        spec: str,
+        terms: Sequence[Term],
         timeout: float,
         answered: Callable[[WorkerProcess, Job, Answer], None],
         lost: Callable[[WorkerProcess, Loss], None],
     ) -> None:
         self.jobs: dict[int, Job] = {}  # in flight, in the order in which they were sent
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._spec = spec
+        self._terms = terms
         self._timeout = timeout
         self._answered = answered
         self._lost = lost
         self._capacity = 0
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.notices: list[str] = []  # what people should know of the reward functions
         self._frames = Frames()
         self._last_mark = (0, 0.0)
         self._stopped = False
@@ -129,7 +130,7 @@ class WorkerProcess(asyncio.Protocol):
         self._mark = Mark(mark)
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in wait_ready
         descriptors = (theirs.fileno(), mark, log)
-        command = [sys.executable, "-P", "-m", WORKER_MODULE, self._spec, *map(str, descriptors)]
+        command = [sys.executable, "-P", "-m", WORKER_MODULE, *map(str, descriptors)]
         self._process = subprocess.Popen(
             guarded(command, grace=0),  # no grace: a worker has nothing worth saving
             stdin=subprocess.DEVNULL,
@@ -152,12 +153,12 @@ class WorkerProcess(asyncio.Protocol):
                 self.stop()
                 raise WorkerNotReadyError(ready.error)
             sys.stderr.write(self._read_output())
-        self._capacity = ready.capacity
+        self._capacity, self.notices = ready.capacity, ready.notices
         self._watch()
 
     async def _connect(self) -> Ready:
         self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=self._socket)
-        self._transport.write(encode(Setup(sys.path, os.environ.get("PYTHONPATH"), self._timeout)))
+        self._transport.write(encode(Setup(list(self._terms), sys.path, os.environ.get("PYTHONPATH"), self._timeout)))
         try:
             async with asyncio.timeout(READY_SECONDS):
                 return await self._ready

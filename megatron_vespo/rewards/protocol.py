@@ -17,25 +17,60 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from megatron_vespo import codec
+from megatron_vespo.rewards.failures import as_reward
 from megatron_vespo.types import Sample, SampleGroup
 
 LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A reward that has parts.
+
+    Attributes:
+        reward: The weighted sum.
+        terms: Each term's own value, without its weight, by its name.
+    """
+
+    reward: float
+    terms: dict[str, float]
+
+
+class Term(msgspec.Struct, frozen=True):
+    """One of the rewards that are added up.
+
+    Attributes:
+        name: Of its metric; empty: it is the only one, and its value is the reward.
+        function: As :func:`load_reward` reads it.
+        weight: Its factor in the sum.
+        params: Further arguments of the function, by name.
+        sources: Patterns of the data sources that it is for; None: all.
+    """
+
+    name: str
+    function: str
+    weight: float = 1.0
+    params: dict[str, Any] = {}
+    sources: list[str] | None = None
 
 
 class Setup(msgspec.Struct):
     """How the worker shall see the world.
 
     Attributes:
+        terms: What it computes.
         sys_path: The trainer's ``sys.path``.
         pythonpath: The trainer's PYTHONPATH, for what the reward function starts; None: it has none.
         timeout: Seconds that one sample may take.
     """
 
+    terms: list[Term]
     sys_path: list[str]
     pythonpath: str | None
     timeout: float
@@ -47,10 +82,12 @@ class Ready(msgspec.Struct):
     Attributes:
         capacity: Samples that the worker takes at a time.
         error: Why there is no function to call; the worker ends then.
+        notices: What people should know of the functions.
     """
 
     capacity: int = 0
     error: str = ""
+    notices: list[str] = []
 
 
 class Answer(msgspec.Struct, array_like=True):
@@ -61,12 +98,25 @@ class Answer(msgspec.Struct, array_like=True):
         reward: None: it could not be scored.
         error: Why not.
         timed_out: Whether that is because it took too long.
+        terms: Values of the terms by name; empty where the reward is no sum.
     """
 
     number: int
     reward: float | None
     error: str = ""
     timed_out: bool = False
+    terms: dict[str, float] = {}
+
+
+def answer_with(number: int, value: object) -> Answer:
+    """The answer that a reward function's result makes.
+
+    Raises:
+        RewardFailure: It is not one finite number, nor a sum of some.
+    """
+    return (
+        Answer(number, value.reward, terms=value.terms) if isinstance(value, Sum) else Answer(number, as_reward(value))
+    )
 
 
 def frame(content: bytes) -> bytes:

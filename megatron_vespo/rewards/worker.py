@@ -1,4 +1,4 @@
-"""The process in which a reward function runs: ``python -m megatron_vespo.rewards.worker SPEC SOCKET MARK LOG``.
+"""The process in which a reward function runs: ``python -m megatron_vespo.rewards.worker SOCKET MARK LOG``.
 
 SOCKET, MARK and LOG are inherited descriptors: of the connection to the pool, of the :class:`Mark`'s memory, and of
 where output goes once the function is imported; until then the pool keeps standard output and error for its error
@@ -13,14 +13,14 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeGuard
+from collections.abc import Iterator
 
 import msgspec
 
-from megatron_vespo.rewards.failures import as_reward, describe_error
-from megatron_vespo.rewards.loader import RewardFunction, load_reward
-from megatron_vespo.rewards.protocol import Answer, Frames, Mark, Ready, Setup, decode_request, encode
+from megatron_vespo.rewards.failures import describe_error
+from megatron_vespo.rewards.loader import RewardFunction
+from megatron_vespo.rewards.protocol import Answer, Frames, Mark, Ready, Setup, answer_with, decode_request, encode
+from megatron_vespo.rewards.terms import is_coroutine_function, load_terms
 from megatron_vespo.types import Sample
 
 # Coroutines, such as requests to a remote judge, that one worker runs at once.
@@ -30,7 +30,7 @@ READ_BYTES = 1 << 18
 
 def main(argv: list[str]) -> int:
     """Import the function and score samples until the pool hangs up."""
-    spec, descriptors = argv[0], [int(text) for text in argv[1:]]
+    descriptors = [int(text) for text in argv]
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # not for what the reward function starts
     connection, mark, log = socket.socket(fileno=descriptors[0]), Mark(descriptors[1]), descriptors[2]
@@ -38,19 +38,20 @@ def main(argv: list[str]) -> int:
     setup = msgspec.msgpack.decode(next(frames), type=Setup)
     _adopt(setup)
     try:
-        function = load_reward(spec)
+        scoring = load_terms(setup.terms)
     except BaseException as error:  # noqa: BLE001 - the pool raises it
         connection.sendall(encode(Ready(error=describe_error(error))))
         return 1
     _redirect_output(log)
-    if _is_coroutine_function(function):
+    function = scoring.function
+    if is_coroutine_function(function):
         # Here, because asyncio takes as long to import as all the rest.
         from megatron_vespo.rewards import coroutines
 
-        connection.sendall(encode(Ready(COROUTINES)))
+        connection.sendall(encode(Ready(COROUTINES, notices=scoring.notices)))
         coroutines.serve(connection, mark, function, setup.timeout)
     else:
-        connection.sendall(encode(Ready(1)))
+        connection.sendall(encode(Ready(1, notices=scoring.notices)))
         _serve(connection, frames, mark, function)
     return 0
 
@@ -81,10 +82,6 @@ def _redirect_output(log: int) -> None:
             stream.reconfigure(line_buffering=True)
 
 
-def _is_coroutine_function(function: RewardFunction) -> TypeGuard[Callable[[Sample], Coroutine[Any, Any, Any]]]:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
 def _serve(connection: socket.socket, frames: Iterator[bytes], mark: Mark, function: RewardFunction) -> None:
     pid = os.getpid()
     for content in frames:
@@ -104,7 +101,7 @@ def _score(function: RewardFunction, number: int, sample: Sample) -> Answer:
             from megatron_vespo.rewards import coroutines
 
             value = coroutines.wait_for(value)
-        return Answer(number, as_reward(value))
+        return answer_with(number, value)
     except BaseException as error:  # noqa: BLE001 - whatever it raises, SystemExit included, costs one sample
         return Answer(number, None, describe_error(error))
 

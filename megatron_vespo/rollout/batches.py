@@ -20,8 +20,8 @@ from megatron_vespo.types import SampleGroup
 
 FORMAT = "megatron-vespo rollout batch"
 # Of the header and of the rows that codec makes; to be raised with any change that makes older files unreadable.
-VERSION = 3
-_READABLE = (1, 2, 3)
+VERSION = 4
+_READABLE = (1, 2, 3, 4)
 
 _NAME = re.compile(r"batch_(\d+)\.msgpack")
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_vespo.errors import UserError
-from megatron_vespo.rewards.loader import exact_match, load_reward
+from megatron_vespo.rewards.answers import exact_match
+from megatron_vespo.rewards.loader import load_reward
 from megatron_vespo.types import Prompt, Sample
 
 
@@ -61,13 +62,13 @@ def test_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_module() -> None:
-    assert load_reward("megatron_vespo.rewards.loader:exact_match") is exact_match
+    assert load_reward("megatron_vespo.rewards.answers:exact_match") is exact_match
 
 
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("exact", "built in: exact_match"),
+        ("exact", "built in: code, exact_match"),
         ("missing/file.py:f", "missing/file.py does not exist"),
         ("no_such_package.module:f", "no module 'no_such_package'"),
         ("megatron_vespo.rewards.nothing:f", "no module 'megatron_vespo.rewards.nothing'"),
@@ -90,3 +91,47 @@ def test_errors_of_the_users_own_module_pass_through(tmp_path: Path, monkeypatch
     for spec in ("broken_reward:f", f"{tmp_path}/broken_reward.py:f"):
         with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
             load_reward(spec)
+
+
+PARAMETRISED = """
+def scaled(sample, by):
+    return by * len(sample.text)
+class Counter:
+    def __init__(self, start=0):
+        if start < 0:
+            raise ValueError("start must not be negative")
+        self.calls = start
+    def __call__(self, sample):
+        self.calls += 1
+        return self.calls
+class Mute:
+    pass
+"""
+
+
+def test_params_are_arguments_of_a_function_or_of_a_class(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(PARAMETRISED)
+    assert load_reward(f"{tmp_path}/own.py:scaled", {"by": 3})(sample("abcd", "")) == 12
+    counter = load_reward(f"{tmp_path}/own.py:Counter", {"start": 5})
+    assert [counter(sample("", "")) for _ in range(2)] == [6, 7]
+    assert load_reward("exact_match", {"answer": "boxed"})(sample("so \\boxed{4}", "4")) == 1.0
+
+
+@pytest.mark.parametrize(
+    "spec, params, message",
+    [
+        ("scaled", {"of": 1}, "params do not fit: missing a required argument: 'by'"),
+        ("scaled", {"by": 1, "of": 1}, "params do not fit: got an unexpected keyword argument 'of'"),
+        ("Counter", {"start": -1}, "start must not be negative"),
+        ("Mute", {}, "objects cannot be called"),
+    ],
+)
+def test_params_that_do_not_fit(tmp_path: Path, spec: str, params: dict[str, int], message: str) -> None:
+    (tmp_path / "own.py").write_text(PARAMETRISED)
+    with pytest.raises(UserError, match=message):
+        load_reward(f"{tmp_path}/own.py:{spec}", params)
+
+
+def test_a_built_in_says_what_it_needs() -> None:
+    with pytest.raises(UserError, match="overlong: params do not fit: missing a required argument: 'max_tokens'"):
+        load_reward("overlong")

@@ -306,7 +306,7 @@ def test_one_coroutine_among_forty(start: Start, text: str, message: str) -> Non
         ("task.py:nothing", "reward 'task.py:nothing': task.py has no 'nothing'"),
         ("task.py:NOT_A_FUNCTION", "NOT_A_FUNCTION' is a int, not a function"),
         ("missing.py:reward", "missing.py does not exist"),
-        ("exact", "built in: exact_match"),
+        ("exact", "built in: code, exact_match"),
         ("broken.py:reward", r"ModuleNotFoundError: No module named 'no_such_thing' \(broken.py:2\)"),
         ("syntax.py:reward", r"(?s)syntax.py.*line 1.*SyntaxError"),
         ("exits.py:reward", r"(?s)its process ended with exit status 9; the end of its output:\n  goodbye"),

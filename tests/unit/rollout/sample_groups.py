@@ -40,6 +40,7 @@ def groups(draw: st.DrawFn) -> SampleGroup:
                 draw(text),
                 draw(st.floats(allow_nan=False)),
                 draw(st.floats(allow_nan=False)),
+                reward_terms=draw(st.dictionaries(st.sampled_from(["math", "form"]), st.floats(allow_nan=False))),
                 routed_experts=draw(
                     st.sampled_from([None, np.arange(length * 6, dtype=np.int16).reshape(length, 3, 2)])
                 ),
@@ -87,6 +88,7 @@ def assert_same_groups(actual: Sequence[SampleGroup], expected: Sequence[SampleG
             assert_same_array(a.response_ids, b.response_ids)
             assert_same_array(a.log_mu, b.log_mu)
             assert_same_array(a.weight_versions, b.weight_versions)
+            assert a.reward_terms == b.reward_terms
             assert (a.routed_experts is None) == (b.routed_experts is None)
             if a.routed_experts is not None and b.routed_experts is not None:
                 assert_same_array(a.routed_experts, b.routed_experts)

@@ -105,8 +105,8 @@ def change(path: Path, **changes: Any) -> None:
 
 def test_a_newer_format_is_named_before_its_content_is_looked_at(tmp_path: Path) -> None:
     path = save(tmp_path / "batch", small_batch())
-    change(path, version=4, step="third", groups=None)
-    assert "format version 4, while this Megatron-VESPO reads versions up to 3" in refusal(path)
+    change(path, version=5, step="third", groups=None)
+    assert "format version 5, while this Megatron-VESPO reads versions up to 4" in refusal(path)
 
 
 @pytest.mark.parametrize("changes", [{"groups": [[1]]}, {"groups": [[[0, []], []]]}, {"step": "x"}, {"groups": None}])

@@ -21,7 +21,7 @@ Attack = Callable[..., Outcome]
 
 LIMITS = Limits(
     cpu_seconds=2.0,
-    wall_seconds=3.0,
+    wall_seconds=10.0,
     memory_bytes=300 << 20,
     output_bytes=100_000,
     folder_bytes=1 << 20,
@@ -45,7 +45,7 @@ def attack() -> Iterator[Attack]:
         return Sandbox(limits).run(textwrap.dedent(program), stdin)
 
     yield attack
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 25
     assert leftovers() <= folders
     assert set(psutil.Process().children(recursive=True)) <= set(processes)
 
@@ -149,7 +149,7 @@ def test_a_thread_bomb_ends(attack: Attack) -> None:
     ],
 )
 def test_time_runs_out(attack: Attack, program: str) -> None:
-    outcome = attack(program, "never read" * 100_000)
+    outcome = attack(program, "never read" * 100_000, Limits(cpu_seconds=1.0, wall_seconds=2.0))
     assert outcome.broken == "time" and not outcome.succeeded
 
 
@@ -230,9 +230,6 @@ def test_it_reaches_no_other_process(attack: Attack, act: str) -> None:
 def secret(tmp_path: Path) -> Path:
     """A file that everybody may read and write, in a folder where everybody may write."""
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:2]:
-        if folder != Path("/tmp"):
-            folder.chmod(0o755)
     path = tmp_path / "secret"
     path.write_text("the label is 42")
     path.chmod(0o666)
@@ -423,7 +420,10 @@ def test_a_wall_that_the_kernel_refuses_stops_the_program(monkeypatch: pytest.Mo
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not SYSTEM_PYTHON.exists(), reason="needs root and a Python that all may read")
+IS_ROOT = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split()[2] == "4294967295"
+
+
+@pytest.mark.skipif(not IS_ROOT or not SYSTEM_PYTHON.exists(), reason="needs root and a Python that all may read")
 def test_as_root_it_is_nobody_where_nobody_may_read_python() -> None:
     outcome = Sandbox(LIMITS, python=str(SYSTEM_PYTHON)).run(
         "import os; print(os.getuid()); open('mine', 'w').write('x')"

@@ -146,3 +146,14 @@ def test_each_term_has_a_metric() -> None:
     assert (values["reward/math"], values["reward/form"]) == (0.5, 0.5)
     assert metric("reward/math").name == "reward/<term>"
     assert not [name for name in rollout_metrics([SampleGroup(prompt, [make("")])]) if name.startswith("reward/")]
+
+
+def test_of_many_math_answers_of_which_some_hang_none_is_lost(start: Start) -> None:
+    hanging = r"\boxed{\sum_{k=1}^{10^{9}} \frac{\sin(k!)}{k}}"
+    samples = [make(hanging if index % 20 == 7 else rf"\boxed{{{index}.0}}", str(index)) for index in range(60)]
+    pool = start({"function": "math", "params": {"seconds": 1}}, workers=2)
+    outcomes = score(pool, *samples)
+    for index, outcome in enumerate(outcomes):
+        assert isinstance(outcome, RewardFailure) if index % 20 == 7 else outcome == 1.0
+    counts = pool.take_counts()
+    assert counts.scored == 57 and counts.failed + counts.timed_out == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,9 @@ from megatron_vespo.data.prompts import PromptDataset, PromptStream
 from megatron_vespo.data.sources import make_stages, read_evaluation, read_training
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.errors import UserError
-from megatron_vespo.evaluation import Evaluator
+from megatron_vespo.evaluation import EvaluationSet, Evaluator
 from megatron_vespo.metrics.console import RL_COLUMNS, ROLLOUT_COLUMNS, SFT_COLUMNS, Console
+from megatron_vespo.metrics.evaluations import EvaluationSink, Scoring
 from megatron_vespo.metrics.rollback import roll_back
 from megatron_vespo.metrics.sinks import JsonlSink, MetricSink, RolloutSink, TensorBoardSink
 from megatron_vespo.models.hf_config import Architecture
@@ -52,12 +53,14 @@ class Connection:
         fleet: The servers.
         evaluation: Prompts of the evaluation sets.
         preflight: Prompts of the pre-flight: the first of the training file.
+        evaluation_sink: Where evaluations are written.
     """
 
     engine: RolloutEngine
     fleet: Fleet
     evaluation: dict[str, list[Prompt]]
     preflight: list[Prompt]
+    evaluation_sink: EvaluationSink
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,26 @@ def prepare(
         UserError: Data or reward are not as they should be.
     """
     train, evaluation = _read_prompts(config, architecture, tokenizer, announce)
+    return Inputs(train, evaluation, _start_scorer(config, stack))
+
+
+def prepare_evaluation(
+    config: Config,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    stack: ExitStack,
+    announce: Callable[[str], None] = lambda text: None,
+) -> Inputs:
+    """The same where nothing is trained: there are no training prompts."""
+    held_out = _read_held_out(config, architecture, tokenizer, announce)
+    return Inputs(PromptDataset([], "no training data"), _evaluation_prompts(config, held_out), _start_scorer(config, stack))
+
+
+def _start_scorer(config: Config, stack: ExitStack) -> RewardPool:
     scorer = RewardPool(terms_of(config.reward), workers=config.reward.workers, timeout=config.reward.timeout)
     stack.callback(scorer.close)
     scorer.start()
-    return Inputs(train, evaluation, scorer)
+    return scorer
 
 
 def connect(
@@ -112,6 +131,7 @@ def connect(
     announce: Callable[[str], None],
     stop_requested: Callable[[], bool],
     unpushed_version: int | None = None,
+    only_evaluates: bool = False,
 ) -> Connection:
     """Connect to SGLang, whose servers are ready; on rank 0.
 
@@ -125,12 +145,13 @@ def connect(
         announce: Told what people should know.
         stop_requested: Whether the run shall end.
         unpushed_version: As of :class:`SGLangClient`.
+        only_evaluates: No training prompt is ever drawn, and servers may hold weights that a trainer pushed.
 
     Raises:
         UserError: Servers are not as they should be.
     """
     rollout, train = config.rollout, inputs.train
-    fleet, dispatcher = _make_fleet(config, architecture, servers, announce, unpushed_version)
+    fleet, dispatcher = _make_fleet(config, architecture, servers, announce, unpushed_version, only_evaluates)
     stack.callback(fleet.close)
     infos = fleet.meet()
     watch = Watch(
@@ -158,11 +179,16 @@ def connect(
         ),
         check_batch=partial(check_failures, max_failed_share=config.reward.max_failed_share, spec=config.reward.spec),
         sampled_under=_sampled_under(config),
-        ahead=not config.shares_devices,
+        ahead=not (config.shares_devices or only_evaluates),
         stop_requested=stop_requested,
         announce=announce,
     )
-    return Connection(engine, fleet, inputs.evaluation, train.prompts(config.preflight.prompts))
+    evaluation_sink = EvaluationSink(
+        config.run_folder / "evaluation",
+        lambda ids: tokenizer.decode(ids.tolist()),
+        config.evaluation.keep_answers,
+    )
+    return Connection(engine, fleet, inputs.evaluation, train.prompts(config.preflight.prompts), evaluation_sink)
 
 
 def _make_fleet(
@@ -171,6 +197,7 @@ def _make_fleet(
     servers: OwnServers,
     announce: Callable[[str], None],
     unpushed_version: int | None,
+    only_evaluates: bool,
 ) -> tuple[Fleet, Dispatcher]:
     section, timeout = config.rollout.server, config.rollout.request_timeout
     api_key = servers.api_key if servers.urls else server_key(section)
@@ -195,7 +222,7 @@ def _make_fleet(
         server_addresses(section, servers.urls, api_key),
         open_member,
         own=servers.here,
-        check_info=_check_info(config),
+        check_info=_check_info(config, only_evaluates),
         balance=section.balance,
         takes_pushes=config.objective == "rl",
         patience=section.startup_timeout,
@@ -218,7 +245,7 @@ def _routing(architecture: Architecture) -> tuple[int, int]:
     return facts["num_layers"], facts["moe_router_topk"]
 
 
-def _check_info(config: Config) -> Callable[[str, ServerInfo], None]:
+def _check_info(config: Config, only_evaluates: bool) -> Callable[[str, ServerInfo], None]:
     """Servers that others started may lack what runs inside them, or hold a trainer's weights."""
     needs_loader = config.objective == "rl" and (
         config.transport in ("delta", "tensor") or config.weight_sync.verify != "none"
@@ -236,7 +263,7 @@ def _check_info(config: Config) -> Callable[[str, ServerInfo], None]:
                 f"{url} was started without --enable-return-routed-experts, which health.router_flips needs: start it"
                 " so, or leave health.router_flips out"
             )
-        if config.objective == "rollout" and info.weight_version not in (UNPUSHED, "0"):
+        if config.objective == "rollout" and not only_evaluates and info.weight_version not in (UNPUSHED, "0"):
             raise UserError(
                 f"{url} serves weight version {info.weight_version}, which a trainer pushed; objective"
                 " rollout needs the weights that the server loaded: restart it"
@@ -263,15 +290,24 @@ def _sampled_under(config: Config) -> dict[str, Any]:
 
 def training_sampling(config: Config) -> SamplingParams:
     """How training samples are drawn."""
-    return _sampling(config, config.rollout.temperature)
-
-
-def _sampling(config: Config, temperature: float, *, evaluation: bool = False) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=config.rollout.max_new_tokens,
-        temperature=temperature,
+        temperature=config.rollout.temperature,
         stop_token_ids=tuple(config.rollout.stop_token_ids),
-        evaluation=evaluation,
+    )
+
+
+def evaluation_sampling(config: Config, name: str) -> SamplingParams:
+    """How the answers to an evaluation set are drawn."""
+    section = config.evaluation.of_set(name)
+    assert section.temperature is not None and section.top_p is not None and section.top_k is not None
+    return SamplingParams(
+        max_new_tokens=section.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        stop_token_ids=tuple(config.rollout.stop_token_ids),
+        evaluation=True,
     )
 
 
@@ -280,11 +316,24 @@ def _read_prompts(
 ) -> tuple[PromptDataset, dict[str, list[Prompt]]]:
     room = architecture.context_length - config.rollout.max_new_tokens
     limit = min(config.rollout.max_prompt_tokens or room, room)
-    held_out = read_evaluation(config.data, tokenizer, limit, announce)
+    held_out = _read_held_out(config, architecture, tokenizer, announce)
     train = read_training(config.data, tokenizer, limit, held_out, announce)
     _check_packing(config, max(len(record.input_ids) for record in train.records))
-    sets = {name: dataset.prompts(config.evaluation.max_prompts) for name, dataset in held_out.items()}
-    return train, sets
+    return train, _evaluation_prompts(config, held_out)
+
+
+def _read_held_out(
+    config: Config, architecture: Architecture, tokenizer: Tokenizer, announce: Callable[[str], None]
+) -> dict[str, PromptDataset]:
+    def limit(name: str) -> int:
+        room = architecture.context_length - evaluation_sampling(config, name).max_new_tokens
+        return min(config.rollout.max_prompt_tokens or room, room)
+
+    return read_evaluation(config.data, tokenizer, limit, announce)
+
+
+def _evaluation_prompts(config: Config, held_out: dict[str, PromptDataset]) -> dict[str, list[Prompt]]:
+    return {name: dataset.prompts(config.evaluation.of_set(name).max_prompts) for name, dataset in held_out.items()}
 
 
 def _check_packing(config: Config, longest_prompt: int) -> None:
@@ -301,13 +350,19 @@ def _check_packing(config: Config, longest_prompt: int) -> None:
 
 def make_evaluator(config: Config, service: RolloutService, connection: Connection | None) -> Evaluator:
     """Held-out accuracy; ``connection`` is None on all ranks but 0, which alone has the prompts."""
-    sets: Mapping[str, Sequence[Prompt]] = {name: () for name in config.data.evaluation}
+    section = config.evaluation
+    sets = []
+    for name in config.data.evaluation:
+        prompts = () if connection is None else connection.evaluation[name]
+        number = section.of_set(name).samples_per_prompt
+        assert number is not None
+        sets.append(EvaluationSet(name, prompts, number, evaluation_sampling(config, name)))
     return Evaluator(
         service,
-        sets if connection is None else connection.evaluation,
-        _sampling(config, config.evaluation.temperature, evaluation=True),
-        config.evaluation.samples_per_prompt,
-        config.evaluation.interval,
+        sets,
+        section.interval,
+        Scoring(section.correct_from, section.confidence),
+        None if connection is None else connection.evaluation_sink,
     )
 
 

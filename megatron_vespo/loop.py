@@ -94,7 +94,7 @@ def train_rl(
     rollouts.start()
     preflight.run(policy, schedule, progress.policy_version, recorder)
     with recorder.timed("evaluate"):
-        accuracy = evaluator.run() if progress.step == 0 else {}
+        accuracy = evaluator.run(0) if progress.step == 0 else {}
     recorder.record_start(accuracy)
     while progress.step < schedule.steps and not saving.stopping() and not health.hopeless():
         metrics = StepMetrics()
@@ -127,7 +127,7 @@ def train_rl(
         metrics.add("train/policy_version", progress.policy_version)
         if evaluator.due(progress.step, schedule.steps):
             with recorder.timed("evaluate"):
-                metrics.update(evaluator.run())
+                metrics.update(evaluator.run(progress.step))
         metrics.update(rollouts.metrics())
         metrics.update(health.conclude(progress.step, metrics))
         recorder.record_step(progress.step, metrics, groups, log_w)

@@ -54,8 +54,8 @@ class Evaluation(Protocol):
         """Whether to evaluate after this step."""
         ...
 
-    def run(self) -> Values:
-        """The metrics."""
+    def run(self, step: int) -> Values:
+        """The metrics after a step."""
         ...
 
 

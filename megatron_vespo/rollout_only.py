@@ -91,7 +91,7 @@ def run_rollouts(
 ) -> None:
     """Evaluate once, since the weights never change, and generate ``steps`` batches."""
     rollouts.start()
-    recorder.record_start(evaluator.run())
+    recorder.record_start(evaluator.run(0))
     for step in range(1, steps + 1):
         metrics = StepMetrics()
         with recorder.timed("generate"):

@@ -17,6 +17,7 @@ from megatron_vespo.config.data import ReasoningGymSection as ReasoningGymSectio
 from megatron_vespo.config.data import SourceSection as SourceSection
 from megatron_vespo.config.learning import AlgorithmSection as AlgorithmSection
 from megatron_vespo.config.learning import EvaluationSection as EvaluationSection
+from megatron_vespo.config.learning import EvaluationSetSection as EvaluationSetSection
 from megatron_vespo.config.learning import RewardSection as RewardSection
 from megatron_vespo.config.learning import TrainingSection as TrainingSection
 from megatron_vespo.config.run import CheckpointSection as CheckpointSection
@@ -79,6 +80,12 @@ class Config(Section):
             raise ValueError(f"rollout.replay: batches are trained on, which objective {self.objective} does not do")
         if self.preflight.only and (self.objective != "rl" or self.rollout.replay is not None):
             raise ValueError("preflight.only: there is no pre-flight without a trainer and a server to sample from")
+        unknown = set(self.evaluation.sets) - set(self.data.evaluation)
+        if unknown:
+            name = min(unknown)
+            raise ValueError(
+                f"evaluation.sets.{name}: data.evaluation has no such set{nearest(name, self.data.evaluation)}"
+            )
         if self.data.train is None and self.rollout.replay is None:
             raise ValueError("data.train: missing; name a jsonl or parquet file, or another source")
         if self.data.curriculum is not None and self.objective == "sft":

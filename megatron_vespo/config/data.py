@@ -117,7 +117,7 @@ class DataSection(Section):
     train: Sources | None = None
     """Training prompts (objectives rl and rollout) or texts (sft: ``prompt`` and ``response``, or ``text``): a path, a
     source, or several sources by name, each a path or a source."""
-    evaluation: dict[str, Source] = {}
+    evaluation: dict[Annotated[str, Field(pattern=r"^\w[^/]*$")], Source] = {}
     """Held-out prompts by the name that their metrics get: paths or sources."""
     shuffle: bool = True
     """Reshuffle the training data in every epoch, by run.seed."""

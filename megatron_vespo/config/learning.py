@@ -117,8 +117,25 @@ class TrainingSection(Section):
     """Optimizer steps in a row that may be skipped because the gradient is NaN or infinite; one more ends the run."""
 
 
+class EvaluationSetSection(Section):
+    """How one set is sampled, where it differs from the others."""
+
+    samples_per_prompt: int | None = Field(default=None, ge=1)
+    """Instead of evaluation.samples_per_prompt."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Instead of evaluation.temperature."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Instead of evaluation.top_p."""
+    top_k: int | None = Field(default=None, ge=-1)
+    """Instead of evaluation.top_k."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Instead of evaluation.max_new_tokens."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Instead of evaluation.max_prompts."""
+
+
 class EvaluationSection(Section):
-    """Scoring the prompts of ``data.evaluation``."""
+    """Scoring the prompts of ``data.evaluation``. docs/evaluation.md"""
 
     interval: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step. With objective rollout, whose
@@ -127,5 +144,25 @@ class EvaluationSection(Section):
     """Responses to each prompt; accuracy is their mean reward (avg@k)."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1 is off."""
+    top_k: int = Field(default=-1, ge=-1)
+    """Sample among the k likeliest tokens; -1 is off."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest response, in tokens; default: rollout.max_new_tokens."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Use the first so many prompts of each set."""
+    sets: dict[str, EvaluationSetSection] = {}
+    """Other values for single sets of data.evaluation, for example `aime24: {samples_per_prompt: 32, top_p: 0.95}`."""
+    correct_from: float = 1.0
+    """Reward from which a response is correct, for pass@k."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of the intervals, by the bootstrap over problems."""
+    keep_answers: bool = True
+    """Write every answer to evaluation/ in the run folder."""
+
+    def of_set(self, name: str) -> EvaluationSetSection:
+        """How a set is sampled; max_new_tokens and max_prompts may be None, as they may here."""
+        own = self.sets.get(name, EvaluationSetSection())
+        fields = {key: getattr(self, key) if value is None else value for key, value in own.model_dump().items()}
+        return EvaluationSetSection(**fields)

@@ -45,15 +45,18 @@ def read_training(
 
 
 def read_evaluation(
-    data: DataSection, tokenizer: Tokenizer, limit: int, announce: Callable[[str], None] = lambda text: None
+    data: DataSection,
+    tokenizer: Tokenizer,
+    limit_of: Callable[[str], int],
+    announce: Callable[[str], None] = lambda text: None,
 ) -> dict[str, PromptDataset]:
-    """The evaluation sets by name. Raises as :func:`read_training`."""
-    return {
-        name: PromptDataset.of(
-            [_told(read_source(name, source, data, tokenizer, limit, "evaluation"), limit, announce)]
-        )
-        for name, source in data.evaluation_sources.items()
-    }
+    """The evaluation sets by name, each with a limit of tokens of its own. Raises as :func:`read_training`."""
+    sets = {}
+    for name, source in data.evaluation_sources.items():
+        limit = limit_of(name)
+        found = read_source(name, source, data, tokenizer, limit, "evaluation")
+        sets[name] = PromptDataset.of([_told(found, limit, announce)])
+    return sets
 
 
 def read_texts(

@@ -99,19 +99,5 @@ def supervised_metrics(samples: Sequence[Sample], table: Table) -> Values:
     }
 
 
-def evaluation_metrics(name: str, groups: Sequence[SampleGroup]) -> Values:
-    """The ``eval/<set>/...`` metrics; accuracy is the mean over prompts and their samples (avg@k).
-
-    A sample that could not be scored counts as reward 0, so that sets stay comparable.
-    """
-    samples = [sample for group in groups for sample in group.samples]
-    return {
-        f"eval/{name}/accuracy": float(np.mean([0.0 if sample.reward_error else sample.reward for sample in samples])),
-        f"eval/{name}/reward_failed_share": _failed_share(samples),
-        f"eval/{name}/response_length_mean": float(np.mean([len(sample.response_ids) for sample in samples])),
-        f"eval/{name}/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
-    }
-
-
 def _failed_share(samples: Sequence[Sample]) -> float:
     return float(np.mean([bool(sample.reward_error) for sample in samples]))

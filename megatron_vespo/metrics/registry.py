@@ -29,7 +29,11 @@ class Combine(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of the table. ``<set>`` in a name stands for an evaluation set's, ``<term>`` for one of reward.terms."""
+    """One row of the table.
+
+    In a name ``<set>`` stands for an evaluation set's, ``<term>`` for one of reward.terms, ``<k>`` for a number.
+    """
+
 
     name: str
     unit: str
@@ -131,6 +135,11 @@ _PLAIN = (
         _LAST,
         "Mean reward on the held-out prompts: the share answered correctly where it is 0 or 1.",
     ),
+    ("eval/<set>/accuracy_low", "share", _LAST, "Lower end of the accuracy's interval: bootstrap over problems."),
+    ("eval/<set>/accuracy_high", "share", _LAST, "Upper end of the accuracy's interval."),
+    ("eval/<set>/pass_at_<k>", "share", _LAST, "Unbiased estimate that one of k responses at least is correct."),
+    ("eval/<set>/pass_at_<k>_low", "share", _LAST, "Lower end of the interval of pass@k: bootstrap over problems."),
+    ("eval/<set>/pass_at_<k>_high", "share", _LAST, "Upper end of the interval of pass@k."),
     (
         "eval/<set>/reward_failed_share",
         "share",
@@ -205,6 +214,7 @@ METRICS: dict[str, Metric] = _build_table()
 
 _EVAL_NAME = re.compile(r"eval/[^/]+/(?P<field>[^/]+)")
 _TERM_NAME = re.compile(r"reward/[^/]+")
+_PASS_AT = re.compile(r"^pass_at_\d+")
 
 
 def metric(name: str) -> Metric:
@@ -216,7 +226,7 @@ def metric(name: str) -> Metric:
     if _TERM_NAME.fullmatch(name):
         return METRICS["reward/<term>"]
     match = _EVAL_NAME.fullmatch(name)
-    row = METRICS.get(f"eval/<set>/{match['field']}" if match else name)
+    row = METRICS.get(f"eval/<set>/{_PASS_AT.sub('pass_at_<k>', match['field'])}" if match else name)
     if row is None:
         raise ValueError(f"unknown metric {name!r}; metrics are declared in megatron_vespo/metrics/registry.py")
     return row

@@ -12,7 +12,7 @@ _OF_A_STEP = re.compile(r"(step|batch)_(\d+)\.(jsonl|json|msgpack)")
 
 
 def roll_back(run_folder: Path, step: int) -> None:
-    """Drop lines and files that belong to steps after ``step``: metrics, rollouts, and what the health panel wrote.
+    """Drop lines and files of steps after ``step``: metrics, rollouts, evaluations, and what the health panel wrote.
 
     Lines that are cut or damaged are dropped too: only a crash while writing leaves one, at the end.
     """
@@ -22,7 +22,8 @@ def roll_back(run_folder: Path, step: int) -> None:
             kept = [line for line in lines if line.endswith("\n") and _step_of(line, step + 1) <= step]
             if kept != lines:
                 atomic_write(file, "".join(kept))
-    for path in (*(run_folder / "rollouts").glob("*"), *(run_folder / "health").glob("*")):
+    places = ("rollouts/*", "health/*", "evaluation/*", "evaluation/*/*")
+    for path in (path for place in places for path in run_folder.glob(place)):
         match = _OF_A_STEP.fullmatch(path.name)
         if match and int(match[2]) > step:
             path.unlink()

@@ -106,7 +106,7 @@ def test_a_folder_is_read_as_the_data_set_that_it_is(tmp_path: Path, tokenizer: 
     )
     (record,) = read_training(data, tokenizer, 16).records
     assert record.label == "train" and record.metadata == {}
-    sets = read_evaluation(data, tokenizer, 16)
+    sets = read_evaluation(data, tokenizer, lambda name: 16)
     assert sets["held"].records[0].label == "test", "evaluation reads the split test, if there are several"
     assert sets["seen"].records[0].metadata == {"answer": "train"}
     with pytest.raises(UserError, match=r"(?s)set: .*dev"):
@@ -180,7 +180,7 @@ def test_long_prompts_are_refused_with_their_number_or_left_out(tmp_path: Path, 
     data = section(train={"own": file}, evaluation={"held": file}, long_prompts="drop")
     assert len(read_training(data, tokenizer, 4, announce=told.append)) == 2
     assert told == ["own: left out 2 of 4 prompts, longer than 4 tokens"]
-    assert len(read_evaluation(data, tokenizer, 5, told.append)["held"]) == 3
+    assert len(read_evaluation(data, tokenizer, lambda name: 5, told.append)["held"]) == 3
     assert told[1] == "held: left out 1 of 4 prompts, longer than 5 tokens"
     with pytest.raises(UserError, match="4 of 4 prompts are longer"):
         read_training(data, tokenizer, 0)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_vespo.metrics.measure import evaluation_metrics, rollout_metrics
+from megatron_vespo.metrics.measure import rollout_metrics
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.types import Prompt, Sample, SampleGroup
 
@@ -37,11 +37,3 @@ def test_a_batch_without_a_scored_sample_has_no_reward() -> None:
     values = rollout_metrics([group(None, None)])
     assert values["rollout/reward_mean"] is values["rollout/reward_std"] is None
     assert values["rollout/reward_failed_share"] == values["rollout/equal_reward_share"] == 1.0
-
-
-def test_held_out_samples_that_failed_count_as_zero() -> None:
-    values = evaluation_metrics("test", [group(1.0, None), group(1.0, 0.0)])
-    assert values["eval/test/accuracy"] == 0.5
-    assert values["eval/test/reward_failed_share"] == 0.25
-    assert values["eval/test/response_length_mean"] == 1.5
-    StepMetrics().update(values)

@@ -150,7 +150,7 @@ def test_prompts_made_twice_are_left_out_of_training(tokenizer: Tokenizer) -> No
     made = [row["prompt"] for _, row in reasoning.rows(data.train_sources["train"].reasoning_gym)]  # type: ignore[arg-type]
     left = [prompt for prompt in made if prompt not in known]
     assert len(left) < 200
-    held = read_evaluation(section(train="x", evaluation=data.evaluation), tokenizer, 64)
+    held = read_evaluation(section(train="x", evaluation=data.evaluation), tokenizer, lambda name: 64)
     told: list[str] = []
     train: PromptDataset = read_training(section(train=data.train), tokenizer, 64, held, told.append)
     assert [record.metadata["reasoning_gym"]["question"] for record in train.records] == left

@@ -30,6 +30,7 @@ setup(
         "data": ["datasets", "reasoning-gym"],
         "gpu": ["transformer-engine[pytorch]"],
         "sglang": ["sglang==0.5.23"],
+        "wandb": ["wandb"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "psutil"],
     },
     entry_points={

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from megatron.core.utils import configure_nvtx_profiling
+
 from megatron_vespo import connect, parallel
 from megatron_vespo.algorithms.methods import (
     make_advantages,
@@ -21,9 +24,11 @@ from megatron_vespo.connect import Connection
 from megatron_vespo.data.sft import SupervisedStream
 from megatron_vespo.data.sources import read_texts
 from megatron_vespo.data.tokenizer import Tokenizer
+from megatron_vespo.estimate.devices import peak_tflops
 from megatron_vespo.evaluation import NoEvaluation
 from megatron_vespo.loop import Algorithm
 from megatron_vespo.megatron_options import microbatch_multiple
+from megatron_vespo.metrics.measure import Values
 from megatron_vespo.models.build import build_model, ddp_config, optimizer_config, transformer_config
 from megatron_vespo.models.conversion import load_hf_weights
 from megatron_vespo.models.cost import sample_cost
@@ -38,7 +43,7 @@ from megatron_vespo.policy.checkpoint import save_hf
 from megatron_vespo.policy.checkpoints import Checkpoints
 from megatron_vespo.policy.policy import Policy
 from megatron_vespo.preflight import NoPreflight, Preflight
-from megatron_vespo.record import Place, Recorder
+from megatron_vespo.record import Hardware, Place, Recorder
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.own_servers import OwnServers
 from megatron_vespo.rollout.replay import BatchReader, ReplayService
@@ -172,9 +177,40 @@ def make_recorder(
     resumed_after: int = 0,
 ) -> Recorder:
     """Console, sinks and summary on rank 0; a recorder that only keeps time elsewhere."""
+    profiler = connect.make_profiler(config, parallel.rank(), configure_nvtx_profiling)
+    hardware = _hardware()
     if parallel.is_main():
-        return connect.make_recorder(config, architecture, tokenizer, facts, at, resumed_after)
-    return Recorder(config.training.steps, None, (), None, config.run_folder, facts, at=at)
+        return connect.make_recorder(config, architecture, tokenizer, facts, at, resumed_after, profiler, hardware)
+    return Recorder(
+        config.training.steps,
+        None,
+        (),
+        None,
+        config.run_folder,
+        facts,
+        at=at,
+        profiler=profiler,
+        hardware=hardware,
+        resumed_after=resumed_after,
+    )
+
+
+def _hardware() -> Hardware:
+    """What metrics say of the trainer's devices."""
+    if not torch.cuda.is_available():
+        return Hardware(parallel.world_size())
+    return Hardware(parallel.world_size(), peak_tflops(torch.cuda.get_device_name()), _gpu_memory)
+
+
+def _gpu_memory() -> Values:
+    """Peaks since the last call, of the rank that has the highest. A collective."""
+    own = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = zip(*parallel.gather_values(own, tuple[int, int]), strict=True)
+    return {
+        "perf/gpu_memory_allocated_max": float(max(allocated)),
+        "perf/gpu_memory_reserved_max": float(max(reserved)),
+    }
 
 
 class ResumableSource(RolloutSource, Protocol):

@@ -17,10 +17,12 @@ from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import EvaluationSet, Evaluator
 from megatron_vespo.metrics.console import RL_COLUMNS, ROLLOUT_COLUMNS, SFT_COLUMNS, Console
 from megatron_vespo.metrics.evaluations import EvaluationSink, Scoring
+from megatron_vespo.metrics.profile import NoProfiler, RangeProfiler, TraceProfiler, Window
 from megatron_vespo.metrics.rollback import roll_back
 from megatron_vespo.metrics.sinks import JsonlSink, MetricSink, RolloutSink, TensorBoardSink
+from megatron_vespo.metrics.wandb_sink import WandbSink
 from megatron_vespo.models.hf_config import Architecture
-from megatron_vespo.record import Place, Recorder
+from megatron_vespo.record import Hardware, Place, Recorder
 from megatron_vespo.rewards.failures import check_failures
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rewards.terms import terms_of
@@ -373,6 +375,8 @@ def make_recorder(
     facts: dict[str, str],
     at: Place,
     resumed_after: int = 0,
+    profiler: NoProfiler | None = None,
+    hardware: Hardware | None = None,
 ) -> Recorder:
     """Console, sinks and summary; for rank 0. A run that goes on after a step writes the later ones anew."""
     steps, folder = config.training.steps, config.run_folder
@@ -381,6 +385,12 @@ def make_recorder(
     sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl")]
     if config.logging.tensorboard:
         sinks.append(TensorBoardSink(folder / "tensorboard", resumed_after + 1 if resumed_after else None))
+    wandb = config.logging.wandb
+    if wandb.mode != "off":
+        tree = config.model_dump(mode="json")
+        sinks.append(
+            WandbSink(folder, wandb.mode, wandb.project, config.run.name, tree, wandb.entity, wandb.group, wandb.tags)
+        )
     rollout_sink, batch_sink = None, None
     if config.objective != "sft":
         rollout_sink = RolloutSink(
@@ -389,4 +399,33 @@ def make_recorder(
     if config.objective == "rollout" or (config.objective == "rl" and config.rollout.save_batches):
         batch_sink = BatchSink(folder / "rollouts", config.rollout.temperature, architecture.vocab_size)
     console = Console(steps, _COLUMNS[config.objective])
-    return Recorder(steps, console, sinks, rollout_sink, folder, facts, config.logging.console_interval, batch_sink, at)
+    return Recorder(
+        steps,
+        console,
+        sinks,
+        rollout_sink,
+        folder,
+        facts,
+        config.logging.console_interval,
+        batch_sink,
+        at,
+        profiler,
+        hardware,
+        resumed_after,
+    )
+
+
+def make_profiler(config: Config, rank: int, model_ranges: Callable[[bool], None] = lambda on: None) -> NoProfiler:
+    """The profiler of a rank.
+
+    Raises:
+        UserError: It needs a GPU, and there is none.
+    """
+    section = config.profile
+    if section.steps is None or rank not in section.ranks:
+        return NoProfiler()
+    first, last = section.steps
+    window = Window(first, last, section.shapes, section.stacks, section.memory)
+    if section.tool == "nsys":
+        return RangeProfiler(window, model_ranges)
+    return TraceProfiler(window, config.run_folder / "profile" / f"rank_{rank}_steps_{first}_{last}.json.gz")

@@ -146,6 +146,7 @@ def train_sft(
     progress: Progress,
 ) -> None:
     """Supervised next-token training from ``progress`` on; every rank runs this and draws the same batches."""
+    recorder.record_start({})
     while progress.step < schedule.steps and not saving.stopping():
         metrics = StepMetrics()
         minibatch = next(batches)
@@ -191,6 +192,7 @@ def _update(
             "train/skipped_updates": float(result.skipped),
             **{f"train/{name}": value for name, value in result.router_losses.items()},
             "train/microbatches": plan.num_microbatches,
+            "perf/train_flops": schedule.flops(minibatch),
             "train/lockstep_efficiency": plan.efficiency,
         }
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.metrics.console import Console
+from megatron_vespo.metrics.measure import Values
+from megatron_vespo.metrics.profile import NoProfiler
 from megatron_vespo.metrics.registry import StepMetrics, phase_metrics
 from megatron_vespo.metrics.report import write_report
 from megatron_vespo.metrics.sinks import MetricSink, RolloutSink
@@ -16,6 +19,21 @@ from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.types import SampleGroup
 
 Place = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The trainer's devices.
+
+    Attributes:
+        ranks: How many.
+        peak_tflops: Dense bfloat16 peak of one, in TFLOP/s; None where it is not known.
+        memory: Metrics of the memory used since it was asked last. A collective.
+    """
+
+    ranks: int = 1
+    peak_tflops: float | None = None
+    memory: Callable[[], Values] = dict
 
 
 class Recorder:
@@ -31,6 +49,9 @@ class Recorder:
         console_interval: Steps between lines on the console.
         batch_sink: Where whole rollout batches go; None elsewhere, or if they are not kept.
         at: Says where this rank is, for whoever watches it.
+        profiler: Told of phases and steps.
+        hardware: What can be said of the devices.
+        resumed_after: Step whose checkpoint the run goes on from.
     """
 
     def __init__(
@@ -44,10 +65,15 @@ class Recorder:
         console_interval: int = 1,
         batch_sink: BatchSink | None = None,
         at: Place = lambda place: nullcontext(),
+        profiler: NoProfiler | None = None,
+        hardware: Hardware | None = None,
+        resumed_after: int = 0,
     ) -> None:
         self._total_steps, self._console, self._sinks = total_steps, console, sinks
         self._rollout_sink, self._run_folder, self._facts = rollout_sink, run_folder, facts
         self._console_interval, self._batch_sink, self._at = console_interval, batch_sink, at
+        self._profiler, self._hardware = profiler or NoProfiler(), hardware or Hardware()
+        self._resumed_after = resumed_after
         self._accuracy: dict[str, list[float]] = {}
         self._timers = Timers()
         self._step_began = time.monotonic()
@@ -55,7 +81,7 @@ class Recorder:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Count the time of the body as this phase of the step."""
-        with self._timers(phase), self._at(phase):
+        with self._timers(phase), self._at(phase), self._profiler.phase(phase):
             yield
 
     @contextmanager
@@ -94,30 +120,34 @@ class Recorder:
         """Write down a finished step, numbered from 1."""
         now = time.monotonic()
         step_time, self._step_began = now - self._step_began, now
-        metrics.update(phase_metrics(self._timers.seconds()))
+        phases = self._timers.seconds()
+        metrics.update(phase_metrics(phases))
         self._timers.reset()
         values = metrics.result()
         values["perf/step_time"] = step_time
-        tokens = values.get("train/tokens")
-        if tokens is not None:
-            values["perf/tokens_per_second"] = tokens / (step_time - (values.get("perf/evaluate_time") or 0.0))
+        values["perf/other_time"] = step_time - sum(phases.values())
+        values.update(_speeds(values, step_time - phases.get("evaluate", 0.0), self._hardware))
+        values.update(self._hardware.memory())
         self._write(step, values)
         if self._rollout_sink is not None and groups:
             self._rollout_sink.write(step, groups, log_w)
         if self._console is not None and (step % self._console_interval == 0 or step == self._total_steps):
             self._console.step(step, values)
         self._show_accuracy(step, values)
+        self._profiler.step_done(step)
 
     def record_start(self, values: Mapping[str, float | None]) -> None:
         """Write down what was measured before the first step, as step 0."""
         if values:
             self._write(0, values)
             self._show_accuracy(0, values)
+        self._profiler.step_done(self._resumed_after)
         self._timers.reset()
         self._step_began = time.monotonic()
 
     def finish(self) -> None:
         """Write the summary and the learning curve, say what came out, and close everything."""
+        self._profiler.close()
         for sink in self._sinks:
             sink.close()
         if self._console is None:
@@ -142,3 +172,25 @@ class Recorder:
                 shown.append(f"{name} {value:.3f}")
         if self._console is not None and shown:
             self._console.message(f"held-out accuracy after step {step}: {', '.join(shown)}")
+
+
+def _speeds(values: Mapping[str, float | None], seconds: float, hardware: Hardware) -> Values:
+    """The ``perf/...`` metrics that are something per second.
+
+    Args:
+        values: The step's other metrics.
+        seconds: Time of the step without its evaluation.
+        hardware: What trained.
+    """
+    speeds: Values = {}
+    for name, count in (("tokens", "train/tokens"), ("response_tokens", "rollout/response_tokens")):
+        tokens = values.get(count)
+        if tokens is not None:
+            speeds[f"perf/{name}_per_second"] = tokens / seconds
+    flops, train_time = values.get("perf/train_flops"), values.get("perf/train_time")
+    if flops is not None and train_time:
+        tflops = flops / train_time / hardware.ranks / 1e12
+        speeds["perf/train_tflops_per_rank"] = tflops
+        if hardware.peak_tflops is not None:
+            speeds["perf/mfu"] = tflops / hardware.peak_tflops
+    return speeds

@@ -20,7 +20,7 @@ class Schedule:
         minibatches_per_step: N, optimizer steps on each rollout batch.
         max_tokens_per_microbatch: Packing limit.
         microbatch_multiple: The number of microbatches is a multiple of this.
-        cost: Time that a sequence of so many tokens takes, in any unit; it balances the ranks.
+        cost: FLOPs of a forward pass over a sequence of so many tokens; it balances the ranks.
         max_skipped_updates: Optimizer steps in a row that may be skipped for a bad gradient.
         staleness_bound: Most optimizer steps between sampling a token and training on it; None: whatever it is.
     """
@@ -47,6 +47,10 @@ class Schedule:
     def rank_plan(self, samples: Sequence[Sample]) -> Sequence[Sequence[int]]:
         """Microbatches of a minibatch for this rank."""
         return self.plan(samples).ranks[parallel.data_parallel_rank()]
+
+    def flops(self, samples: Sequence[Sample]) -> float:
+        """Operations of one update on them. The backward pass takes twice as many as the forward pass."""
+        return 3.0 * sum(self.cost(packed_length(sample)) for sample in samples)
 
     def check_staleness(self, samples: Sequence[Sample], policy_version: int) -> None:
         """Assert the bound that admission keeps; a breach is a mistake in this program."""

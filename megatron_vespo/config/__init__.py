@@ -25,7 +25,9 @@ from megatron_vespo.config.run import HealthSection as HealthSection
 from megatron_vespo.config.run import LoggingSection as LoggingSection
 from megatron_vespo.config.run import ModelSection as ModelSection
 from megatron_vespo.config.run import PreflightSection as PreflightSection
+from megatron_vespo.config.run import ProfileSection as ProfileSection
 from megatron_vespo.config.run import RunSection as RunSection
+from megatron_vespo.config.run import WandbSection as WandbSection
 from megatron_vespo.config.sampling import PlacementSection as PlacementSection
 from megatron_vespo.config.sampling import RolloutSection as RolloutSection
 from megatron_vespo.config.sampling import ServerSection as ServerSection
@@ -59,6 +61,7 @@ class Config(Section):
     health: HealthSection = HealthSection()
     preflight: PreflightSection = PreflightSection()
     logging: LoggingSection = LoggingSection()
+    profile: ProfileSection = ProfileSection()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

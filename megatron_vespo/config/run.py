@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_vespo.config.section import Section
 
@@ -93,6 +93,46 @@ class PreflightSection(Section):
     """Do nothing else; the run's folder is <name>.preflight then. The same as --preflight-only."""
 
 
+class WandbSection(Section):
+    """Weights & Biases: the metrics of metrics.jsonl under the same names, and the configuration."""
+
+    mode: Literal["off", "offline", "online"] = "off"
+    """`online` sends them (W&B's own WANDB_API_KEY or login); `offline` writes files into the run folder, for
+    `wandb sync`."""
+    project: str = "megatron-vespo"
+    """Project."""
+    entity: str | None = None
+    """User or team; default: the one logged in."""
+    group: str | None = None
+    """Group of runs."""
+    tags: list[str] = []
+    """Tags."""
+
+
+class ProfileSection(Section):
+    """A window of steps under a profiler. docs/metrics.md"""
+
+    steps: list[Annotated[int, Field(ge=1)]] | None = None
+    """First and last step, for example [3, 4]; none by default. Leave out the first steps, which warm up."""
+    ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    """Which ranks are profiled."""
+    tool: Literal["torch", "nsys"] = "torch"
+    """`torch` writes profile/rank_0_steps_3_4.json.gz, a Chrome trace; `nsys` starts and stops CUDA's profiler and sets
+    NVTX ranges, ours and Megatron's, for `nsys profile --capture-range=cudaProfilerApi`."""
+    shapes: bool = False
+    """torch: shapes of operators' inputs."""
+    stacks: bool = False
+    """torch: Python stacks; traces get large."""
+    memory: bool = False
+    """torch: allocations."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps is not None and (len(self.steps) != 2 or self.steps[0] > self.steps[1]):
+            raise ValueError(f"steps: {self.steps} must be the first and the last step, such as [3, 4]")
+        return self
+
+
 class LoggingSection(Section):
     """What is shown and kept of each step."""
 
@@ -100,5 +140,6 @@ class LoggingSection(Section):
     """Steps between lines on the console; metrics.jsonl holds every step."""
     tensorboard: bool = True
     """Write TensorBoard scalars."""
+    wandb: WandbSection = WandbSection()
     rollout_groups: int = Field(default=2, ge=0)
     """Sampled groups a step written to rollouts/ as text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -33,3 +34,14 @@ DEVICES: dict[str, Device] = {
     "b200": Device(178.4, 2250, 7700, 900, 50, 64),
 }
 """The SXM versions of 80 (A100, H100), 141 and 180 GB."""
+
+
+def peak_tflops(name: str) -> float | None:
+    """Dense bfloat16 peak (TFLOP/s) of a device as CUDA calls it, such as "NVIDIA H100 80GB HBM3".
+
+    None where the table does not have it; its relatives on a PCIe card or with a Grace CPU have other peaks.
+    """
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    if "pcie" in words or "nvl" in words:
+        return None
+    return next((device.bf16_tflops for key, device in DEVICES.items() if key in words), None)

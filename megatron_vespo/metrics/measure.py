@@ -28,6 +28,7 @@ def rollout_metrics(groups: Sequence[SampleGroup]) -> Values:
         "rollout/reward_failed_share": _failed_share(samples),
         "rollout/response_length_mean": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
+        "rollout/response_tokens": float(lengths.sum()),
         "rollout/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
         "rollout/equal_reward_share": float(np.mean(equal)),
         **_reward_terms(samples),

@@ -23,10 +23,12 @@ _SAMPLE_FIELDS = (
     "advantage",
     "reward_error",  # not in rows of version 1
     "routed_experts",  # nor of version 2
-    "reward_terms",  # nor of version 3
+    "inserted_ids",  # nor of version 3
+    "inserted_before",
+    "reward_terms",
 )
 # Fields that samples of older versions lack.
-_LATER_FIELDS = 3
+_LATER_FIELDS = 5
 _PROMPT_FIELDS = ("index", "input_ids", "label", "metadata")
 
 

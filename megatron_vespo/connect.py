@@ -31,6 +31,7 @@ from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
+from megatron_vespo.rollout.conversation import GenerateFunction, TurnSettings, load_generate
 from megatron_vespo.rollout.dispatch import Dispatcher
 from megatron_vespo.rollout.engine import GroupSettings, RolloutEngine
 from megatron_vespo.rollout.fleet import Fleet
@@ -73,11 +74,13 @@ class Inputs:
         train: Training prompts.
         evaluation: Prompts of the evaluation sets.
         scorer: Scores samples.
+        generate: Function of ``rollout.generate``, if there is one.
     """
 
     train: PromptDataset
     evaluation: dict[str, list[Prompt]]
     scorer: RewardPool
+    generate: GenerateFunction | None
 
 
 def prepare(
@@ -100,7 +103,8 @@ def prepare(
         UserError: Data or reward are not as they should be.
     """
     train, evaluation = _read_prompts(config, architecture, tokenizer, announce)
-    return Inputs(train, evaluation, _start_scorer(config, stack))
+    generate = load_generate(config.rollout.generate)
+    return Inputs(train, evaluation, _start_scorer(config, stack), generate)
 
 
 def prepare_evaluation(
@@ -111,8 +115,9 @@ def prepare_evaluation(
     announce: Callable[[str], None] = lambda text: None,
 ) -> Inputs:
     """The same where nothing is trained: there are no training prompts."""
-    held_out = _read_held_out(config, architecture, tokenizer, announce)
-    return Inputs(PromptDataset([], "no training data"), _evaluation_prompts(config, held_out), _start_scorer(config, stack))
+    sets = _evaluation_prompts(config, _read_held_out(config, architecture, tokenizer, announce))
+    generate = load_generate(config.rollout.generate)
+    return Inputs(PromptDataset([], "no training data"), sets, _start_scorer(config, stack), generate)
 
 
 def _start_scorer(config: Config, stack: ExitStack) -> RewardPool:
@@ -178,6 +183,9 @@ def connect(
             tokenizer.decode,
             seed=config.run.seed if all(info.deterministic for info in infos) else None,
             filter_equal=rollout.filter_equal_groups,
+            turns=TurnSettings(
+                inputs.generate, partial(tokenizer.encode, add_special_tokens=False), architecture.vocab_size
+            ),
         ),
         check_batch=partial(check_failures, max_failed_share=config.reward.max_failed_share, spec=config.reward.spec),
         sampled_under=_sampled_under(config),
@@ -287,6 +295,7 @@ def _sampled_under(config: Config) -> dict[str, Any]:
         "rollout.stop_token_ids": rollout.stop_token_ids,
         "training.minibatches_per_step": config.training.minibatches_per_step,
         "reward.function": config.reward.spec,
+        "rollout.generate": config.rollout.generate,
     }
 
 

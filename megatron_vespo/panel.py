@@ -182,13 +182,13 @@ class HealthPanel:
     def _describe(self, tokens: Tokens, place: int, number: int, position: int) -> dict[str, Any]:
         """The token at a place of all, which is one of a sample's."""
         sample = self._samples[number]
-        ids = sample.response_ids.tolist()
+        ids, at = sample.sequence_ids.tolist(), int(sample.offsets[position])
         return {
             "sample": sample.name,
             "position": position,
-            "id": ids[position],
-            "text": self._decode([ids[position]]),
-            "before": self._decode(ids[max(position - _CONTEXT, 0) : position]),
+            "id": ids[at],
+            "text": self._decode([ids[at]]),
+            "before": self._decode(ids[max(at - _CONTEXT, 0) : at]),
             "log_mu": _number(tokens.log_mu[place]),
             "log_pi": _number(tokens.log_pi[place]),
             "staleness": int(tokens.staleness[place]),

@@ -28,6 +28,9 @@ FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
 FINISH_ABORT = "abort"
 
+GENERATE_FAILED = "rollout.generate: "
+"""How the ``reward_error`` of a sample begins whose generate function failed."""
+
 
 @dataclass(slots=True)
 class Prompt:
@@ -53,7 +56,9 @@ class Sample:
     Attributes:
         prompt: The prompt answered.
         index: Number of this response within its group, from 0.
-        response_ids: Sampled token ids, shape [R]; R may be 0. A stop token that was sampled is part of it.
+        response_ids: Sampled token ids, shape [R]; R may be 0. A stop token that was sampled is part of it. What others
+            put between them (tools) is in ``inserted_ids``: everything that is counted, weighed or trained on is the
+            policy's own.
         log_mu: Log-probability (nats) of each token under the distribution it was really sampled from, temperature
             included, shape [R], float32.
         weight_versions: Policy version that sampled each token, shape [R].
@@ -70,6 +75,8 @@ class Sample:
         routed_experts: Experts that the sampler chose in the forward pass that gave each token its distribution, which
             is that of the token before it: shape [R, layers, experts a token], every layer of the model, in any order;
             UNKNOWN_EXPERT throughout a token whose routing is not known. None: nothing is known.
+        inserted_ids: Token ids that the policy did not sample but saw, shape [K]; None: there are none.
+        inserted_before: For each of them the number of sampled tokens that stand before it, ascending, shape [K].
     """
 
     prompt: Prompt
@@ -86,6 +93,8 @@ class Sample:
     log_old: FloatArray | None = None
     log_ref: FloatArray | None = None
     reward_terms: dict[str, float] = field(default_factory=dict)
+    inserted_ids: IntArray | None = None
+    inserted_before: IntArray | None = None
 
     @property
     def name(self) -> str:
@@ -94,8 +103,28 @@ class Sample:
 
     @property
     def total_length(self) -> int:
-        """Prompt and response tokens together."""
-        return len(self.prompt.input_ids) + len(self.response_ids)
+        """Prompt, response and inserted tokens together."""
+        return len(self.prompt.input_ids) + len(self.response_ids) + self.inserted_length
+
+    @property
+    def inserted_length(self) -> int:
+        """K, tokens that others put into the response."""
+        return 0 if self.inserted_ids is None else len(self.inserted_ids)
+
+    @property
+    def sequence_ids(self) -> IntArray:
+        """All tokens after the prompt in their order, shape [R + K]."""
+        if self.inserted_ids is None or self.inserted_before is None:
+            return self.response_ids
+        return np.insert(self.response_ids, self.inserted_before, self.inserted_ids)
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each sampled token stands in ``sequence_ids``, shape [R]."""
+        places = np.arange(len(self.response_ids))
+        if self.inserted_before is None:
+            return places
+        return places + np.searchsorted(self.inserted_before, places, side="right")
 
     def staleness(self, policy_version: int) -> int:
         """Optimizer steps between the oldest weights that sampled a token of it and ``policy_version``."""

@@ -96,6 +96,10 @@ class RolloutSection(Section):
     """Sampling temperature; the trainer's log-probabilities are of the same tempered distribution."""
     stop_token_ids: list[int] = []
     """Token ids that end a response, besides the model's own end-of-sequence token."""
+    generate: str | None = None
+    """How a response is made, path/to/file.py:function or package.module:function, where it is more than one turn: an
+    `async def` of (conversation, prompt) that lets the policy generate and inserts what tools say, which is not trained
+    on (docs/multi_turn.md). max_new_tokens is then the room for all that follows the prompt."""
     max_staleness: int = Field(default=0, ge=0)
     """S: rollout batches that generation may run ahead of training. 0: synchronous. No token is older than (S + 1) * N
     - 1 optimizer steps when it is trained on, N being training.minibatches_per_step; that is asserted."""

@@ -57,12 +57,12 @@ def load_model(folder: str) -> Any:
 
 def score(model: Any, sample: Sample, temperature: float) -> TokenFigures:
     """Log-probabilities of the response under softmax(logits / temperature), the sample alone."""
-    ids = torch.tensor([*sample.prompt.input_ids.tolist(), *sample.response_ids.tolist()])
-    size = len(sample.response_ids)
-    logits = model(ids[None, :-1], use_cache=False).logits[0, -size:] / temperature
+    ids = torch.tensor([*sample.prompt.input_ids.tolist(), *sample.sequence_ids.tolist()])
+    sampled = torch.from_numpy(len(sample.prompt.input_ids) + sample.offsets)
+    logits = model(ids[None, :-1], use_cache=False).logits[0, sampled - 1] / temperature
     log_probs = logits.log_softmax(-1)
     entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
-    return TokenFigures(log_probs.gather(-1, ids[-size:, None]).squeeze(-1), entropy)
+    return TokenFigures(log_probs.gather(-1, ids[sampled, None]).squeeze(-1), entropy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_vespo.algorithms.importance import summarize_staleness, summarize_weights
 from megatron_vespo.metrics.registry import weight_metrics
-from megatron_vespo.types import FINISH_LENGTH, Sample, SampleGroup
+from megatron_vespo.types import FINISH_LENGTH, GENERATE_FAILED, Sample, SampleGroup
 
 Values = dict[str, float | None]
 Table = Mapping[str, np.ndarray]
@@ -28,6 +28,8 @@ def rollout_metrics(groups: Sequence[SampleGroup]) -> Values:
         "rollout/reward_failed_share": _failed_share(samples),
         "rollout/response_length_mean": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
+        "rollout/inserted_tokens_mean": float(np.mean([sample.inserted_length for sample in samples])),
+        "rollout/generate_failed_share": float(np.mean([s.reward_error.startswith(GENERATE_FAILED) for s in samples])),
         "rollout/response_tokens": float(lengths.sum()),
         "rollout/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
         "rollout/equal_reward_share": float(np.mean(equal)),

@@ -113,6 +113,18 @@ _PLAIN = (
     ),
     ("rollout/response_length_mean", "tokens", _MEAN, "Mean response length."),
     ("rollout/response_length_max", "tokens", _MAX, "Longest response."),
+    (
+        "rollout/inserted_tokens_mean",
+        "tokens",
+        _MEAN,
+        "Mean number of tokens in a response that the policy did not sample: what tools said (rollout.generate).",
+    ),
+    (
+        "rollout/generate_failed_share",
+        "share",
+        _MEAN,
+        "Share of samples whose generate function failed (rollout.generate); they count as not scored too.",
+    ),
     ("rollout/response_tokens", "tokens", _SUM, "Response tokens of the step's samples."),
     ("rollout/truncated_share", "share", _MEAN, "Share of responses cut at the length limit."),
     ("rollout/equal_reward_share", "share", _MEAN, "Share of groups whose rewards are all equal: no learning signal."),

@@ -2,7 +2,9 @@
 
 Position p holds an input token and the token it must predict. A sample of P prompt and R response tokens takes
 P + R - 1 positions (its last token is predicted, never fed), and its last R positions are its response rows. Only these
-ever reach the output layer and the loss. Samples that are trained on come first, so that their rows do too.
+ever reach the output layer and the loss. Tokens that others inserted into the response (tools) are fed like a prompt's:
+they take positions, and the rows are those before sampled tokens only. Samples that are trained on come first, so that
+their rows do too.
 A worked example, prompt [7], response [3] with advantage 0, then prompt [5, 9], response [8, 1], aligned to 6::
 
     tokens         5  9  8 | 7 | 0  0
@@ -104,7 +106,7 @@ def pack(
     tokens = np.zeros(total, dtype=np.int64)
     stops = np.cumsum(lengths, dtype=np.int64)
     for sample, start, stop in zip(chosen, stops - lengths, stops, strict=True):
-        tokens[start:stop] = np.concatenate([sample.prompt.input_ids, sample.response_ids])[: stop - start]
+        tokens[start:stop] = np.concatenate([sample.prompt.input_ids, sample.sequence_ids])[: stop - start]
 
     def tensor(array: np.ndarray, dtype: type) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device, non_blocking=True)
@@ -115,7 +117,10 @@ def pack(
 
     routed = _routed_experts(samples, chosen) if routing else None
     ranges = [np.arange(length) for length in (*lengths, total - filled)]
-    rows = [np.arange(stop - size, stop) for stop, size in zip(stops, responses, strict=True)]
+    rows = [
+        start + len(sample.prompt.input_ids) - 1 + sample.offsets
+        for sample, start in zip(chosen, stops - lengths, strict=True)
+    ]
     return PackedBatch(
         tokens=tensor(tokens, np.int64),
         positions=tensor(np.concatenate(ranges), np.int64),

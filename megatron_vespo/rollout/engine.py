@@ -11,9 +11,10 @@ from typing import Any
 
 from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.conversation import Decode, TurnSettings
 from megatron_vespo.rollout.dispatch import Dispatcher
 from megatron_vespo.rollout.fleet import Fleet
-from megatron_vespo.rollout.generation import Decode, Scorer, gather_or_first_error, generate_group
+from megatron_vespo.rollout.generation import Scorer, gather_or_first_error, generate_group
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.rollout.state import Held, RolloutState, decode_state, encode_state
 from megatron_vespo.types import Prompt, Sample, SampleGroup
@@ -41,6 +42,7 @@ class GroupSettings:
         decode: Token ids to text.
         seed: Determines all samples, on servers with deterministic inference; None: requests without seeds.
         filter_equal: Most groups of a batch that are dropped because their rewards are all equal.
+        turns: How a response is made of turns; None: of one.
     """
 
     samples_per_prompt: int
@@ -48,6 +50,7 @@ class GroupSettings:
     decode: Decode
     seed: int | None = None
     filter_equal: int = 0
+    turns: TurnSettings | None = None
 
 
 class RolloutEngine:
@@ -244,6 +247,7 @@ class RolloutEngine:
             self._scorer,
             settings.seed,
             finished,
+            turns=settings.turns,
         )
         if self._filtered < settings.filter_equal and group.has_equal_rewards:
             self._buffer.drop(prompt.index)
@@ -266,7 +270,16 @@ class RolloutEngine:
 
         async def one(prompt: Prompt) -> SampleGroup:
             route = self._dispatcher.route()
-            group = await generate_group(route, prompt, n, sampling, settings.decode, self._scorer, settings.seed)
+            group = await generate_group(
+                route,
+                prompt,
+                n,
+                sampling,
+                settings.decode,
+                self._scorer,
+                settings.seed,
+                turns=settings.turns,
+            )
             self._done += 1
             return group
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_vespo.rewards.failures import RewardFailure
 from megatron_vespo.rollout.client import TokenIds
+from megatron_vespo.rollout.conversation import Conversation, Decode, TurnSettings, converse
 from megatron_vespo.rollout.protocol import Generation, ServerError, ServerInfo
 from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.types import FINISH_ABORT, FINISH_LENGTH, Prompt, Sample, SampleGroup
-
-Decode = Callable[[Sequence[int]], str]
 
 # Somebody who aborts a request this often before it gets a single token never lets it run.
 MAX_FRUITLESS_RESUMES = 100
@@ -53,6 +53,8 @@ async def generate_group(
     scorer: Scorer,
     seed: int | None = None,
     finished: list[Sample] | None = None,
+    *,
+    turns: TurnSettings | None = None,
 ) -> SampleGroup:
     """Sample ``n`` responses by separate concurrent requests and score each as soon as it is complete.
 
@@ -65,29 +67,28 @@ async def generate_group(
         scorer: Scores a sample. One that cannot be scored gets reward 0 and the reason.
         seed: Of the run: with deterministic inference it determines every response. None: unseeded.
         finished: Samples that are finished already, which are not drawn again; each that gets finished is added.
+        turns: How a response is made of turns; None: of one.
 
     Raises:
         UserError: a request cannot be answered. The other requests of the group are cancelled.
     """
     finished = [] if finished is None else finished
+    settings = turns or TurnSettings()
 
     async def one(index: int) -> None:
         own_seed = None if seed is None else sample_seed(seed, prompt.index, index)
-        generation = await generate_to_end(generator, prompt.input_ids, sampling, own_seed)
-        sample = Sample(
-            prompt,
-            index,
-            generation.response_ids,
-            generation.log_mu,
-            generation.weight_versions,
-            generation.finish_reason,
-            decode(generation.response_ids.tolist()),
+        conversation = Conversation(
+            partial(generate_to_end, generator), generator.limits, prompt, sampling, decode, settings, own_seed
         )
-        try:
-            sample.reward = await scorer.score(sample)
-        except RewardFailure as failure:
-            sample.reward_error = str(failure)
-        sample.routed_experts = generation.routed_experts  # only now: reward functions need not be sent it
+        sample = await converse(conversation, prompt, settings.function, index)
+        sample.text = decode(sample.sequence_ids.tolist())
+        routed_experts, sample.routed_experts = sample.routed_experts, None  # reward functions need not be sent it
+        if not sample.reward_error:
+            try:
+                sample.reward = await scorer.score(sample)
+            except RewardFailure as failure:
+                sample.reward_error = str(failure)
+        sample.routed_experts = routed_experts
         finished.append(sample)
 
     there = {sample.index for sample in finished}

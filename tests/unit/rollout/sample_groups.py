@@ -27,6 +27,7 @@ def groups(draw: st.DrawFn) -> SampleGroup:
     samples = []
     for index in range(draw(st.integers(0, 3))):
         length = draw(st.integers(0, 5))
+        inserted = draw(st.booleans())
         log_mu = draw(st.lists(st.floats(width=32), min_size=length, max_size=length))
         ids = np.arange(length, dtype=np.int32)
         samples.append(
@@ -44,6 +45,8 @@ def groups(draw: st.DrawFn) -> SampleGroup:
                 routed_experts=draw(
                     st.sampled_from([None, np.arange(length * 6, dtype=np.int16).reshape(length, 3, 2)])
                 ),
+                inserted_ids=np.array([7, 8], np.int32) if inserted else None,
+                inserted_before=np.array([0, length], np.int32) if inserted else None,
             )
         )
     return SampleGroup(prompt, samples)
@@ -89,6 +92,8 @@ def assert_same_groups(actual: Sequence[SampleGroup], expected: Sequence[SampleG
             assert_same_array(a.log_mu, b.log_mu)
             assert_same_array(a.weight_versions, b.weight_versions)
             assert a.reward_terms == b.reward_terms
+            assert a.sequence_ids.tolist() == b.sequence_ids.tolist()
+            assert (a.inserted_ids is None) == (b.inserted_ids is None)
             assert (a.routed_experts is None) == (b.routed_experts is None)
             if a.routed_experts is not None and b.routed_experts is not None:
                 assert_same_array(a.routed_experts, b.routed_experts)

@@ -26,6 +26,7 @@ from megatron_vespo.batching import split_minibatches
 from megatron_vespo.errors import UserError
 from megatron_vespo.metrics.measure import minibatch_metrics, rollout_metrics, supervised_metrics
 from megatron_vespo.metrics.registry import StepMetrics
+from megatron_vespo.metrics.sinks import SampleScores
 from megatron_vespo.parts import Evaluation, Health, PreflightCheck, RolloutSource, Saving, Turns, WeightPush
 from megatron_vespo.policy.figures import Measured
 from megatron_vespo.policy.objectives import NextToken, Objective, PolicyGradient, denominators, minibatch_ratios
@@ -106,7 +107,7 @@ def train_rl(
         recorder.record_batch(progress.step + 1, groups, progress.policy_version)
         samples = [sample for group in groups for sample in group.samples]
         health.begin(samples)
-        log_w: dict[str, float] = {}
+        scores: dict[str, SampleScores] = {}
         turns.train()
         with recorder.timed("train"):
             _score(policy, samples, algorithm, schedule)
@@ -117,7 +118,7 @@ def train_rl(
                 objective.check(measured.table)
                 metrics.update(minibatch_metrics(minibatch, measured.table, progress.policy_version - 1))
                 health.observe(minibatch, measured, progress.policy_version - 1)
-                log_w.update(zip((s.name for s in minibatch), measured.table["log_w"].tolist(), strict=True))
+                scores.update(_scores(minibatch, measured, progress.policy_version - 1))
         with recorder.timed("sync"):
             metrics.update(weight_sync.push(progress.policy_version))
         rollouts.release()  # only now admit new prompts: this bounds the staleness
@@ -130,7 +131,7 @@ def train_rl(
                 metrics.update(evaluator.run(progress.step))
         metrics.update(rollouts.metrics())
         metrics.update(health.conclude(progress.step, metrics))
-        recorder.record_step(progress.step, metrics, groups, log_w)
+        recorder.record_step(progress.step, metrics, groups, scores)
         with recorder.timed("checkpoint"):
             saving.after_step(progress)
     saving.leave(progress)
@@ -197,6 +198,13 @@ def _update(
         }
     )
     return measured
+
+
+def _scores(minibatch: Sequence[Sample], measured: Measured, policy_version: int) -> dict[str, SampleScores]:
+    """What is written down of each sample beside its text, by name."""
+    table, tokens = measured.table, measured.tokens
+    rows = zip(minibatch, table["log_w"].tolist(), table["phi"].tolist(), tokens.log_pi, strict=True)
+    return {sample.name: SampleScores(w, phi, log_pi, policy_version) for sample, w, phi, log_pi in rows}
 
 
 def _score(policy: Policy, samples: Sequence[Sample], algorithm: Algorithm, schedule: Schedule) -> None:

@@ -13,7 +13,7 @@ from megatron_vespo.metrics.measure import Values
 from megatron_vespo.metrics.profile import NoProfiler
 from megatron_vespo.metrics.registry import StepMetrics, phase_metrics
 from megatron_vespo.metrics.report import write_report
-from megatron_vespo.metrics.sinks import MetricSink, RolloutSink
+from megatron_vespo.metrics.sinks import MetricSink, RolloutSink, SampleScores
 from megatron_vespo.metrics.timers import Timers
 from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.types import SampleGroup
@@ -115,7 +115,7 @@ class Recorder:
         step: int,
         metrics: StepMetrics,
         groups: Sequence[SampleGroup] = (),
-        log_w: Mapping[str, float] | None = None,
+        scores: Mapping[str, SampleScores] | None = None,
     ) -> None:
         """Write down a finished step, numbered from 1."""
         now = time.monotonic()
@@ -130,7 +130,7 @@ class Recorder:
         values.update(self._hardware.memory())
         self._write(step, values)
         if self._rollout_sink is not None and groups:
-            self._rollout_sink.write(step, groups, log_w)
+            self._rollout_sink.write(step, groups, scores)
         if self._console is not None and (step % self._console_interval == 0 or step == self._total_steps):
             self._console.step(step, values)
         self._show_accuracy(step, values)

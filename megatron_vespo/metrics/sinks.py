@@ -7,12 +7,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import atomic_write
-from megatron_vespo.types import IntArray, Sample, SampleGroup
+from megatron_vespo.types import FloatArray, IntArray, Sample, SampleGroup
 
 MetricValues = Mapping[str, float | None]
 
@@ -88,13 +89,30 @@ class TensorBoardSink:
         self._writer.close()
 
 
+@dataclass(frozen=True, slots=True)
+class SampleScores:
+    """What the update that trained on a sample said of it.
+
+    Attributes:
+        log_w: log W (nats).
+        phi: Weight of the sample: phi(W), or the mean kappa of its tokens with another kernel.
+        log_pi: Log-probability (nats) of each response token under the weights that the gradient was taken at, [R].
+        policy_version: Version of those weights.
+    """
+
+    log_w: float
+    phi: float
+    log_pi: FloatArray
+    policy_version: int
+
+
 class RolloutSink:
     """Samples for people to read: ``rollouts/step_000012.jsonl``, one line a sample, the first few groups of a step.
 
     Args:
         folder: Made when missing.
         groups_per_step: Groups written a step; the rest is dropped.
-        decode: Turns prompt token ids into text, usually the tokenizer's ``decode``.
+        decode: Turns token ids into text, usually the tokenizer's ``decode``.
     """
 
     def __init__(self, folder: str | os.PathLike[str], groups_per_step: int, decode: Callable[[IntArray], str]) -> None:
@@ -103,24 +121,34 @@ class RolloutSink:
         self._groups_per_step = groups_per_step
         self._decode = decode
 
-    def write(self, step: int, groups: Sequence[SampleGroup], log_w: Mapping[str, float] | None = None) -> None:
+    def write(self, step: int, groups: Sequence[SampleGroup], scores: Mapping[str, SampleScores] | None = None) -> None:
         """Write one step's samples.
 
         Args:
             step: Number of the step.
             groups: Scored groups with advantages, in order of consumption.
-            log_w: log W of each sample by ``Sample.name``; a sample missing here gets null.
+            scores: Of each sample by ``Sample.name``; a sample missing here gets null.
         """
         lines = []
         for group in groups[: self._groups_per_step]:
             prompt_text = self._decode(group.prompt.input_ids)
             for sample in group.samples:
-                record = _rollout_record(step, sample, prompt_text, (log_w or {}).get(sample.name))
+                record = _rollout_record(step, sample, prompt_text, (scores or {}).get(sample.name))
+                record["tokens"] = self._tokens(sample, (scores or {}).get(sample.name))
                 lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         atomic_write(self._folder / f"step_{step:06d}.jsonl", "".join(lines))
 
+    def _tokens(self, sample: Sample, scores: SampleScores | None) -> dict[str, Any]:
+        """The response token by token, as parallel lists; half a character reads as U+FFFD."""
+        return {
+            "text": [self._decode(sample.response_ids[i : i + 1]) for i in range(len(sample.response_ids))],
+            "log_mu": _rounded(sample.log_mu),
+            "log_pi": None if scores is None else _rounded(scores.log_pi),
+            "version": [int(version) for version in sample.weight_versions],
+        }
 
-def _rollout_record(step: int, sample: Sample, prompt_text: str, log_w: float | None) -> dict[str, Any]:
+
+def _rollout_record(step: int, sample: Sample, prompt_text: str, scores: SampleScores | None) -> dict[str, Any]:
     versions = sample.weight_versions
     return {
         "step": step,
@@ -131,11 +159,18 @@ def _rollout_record(step: int, sample: Sample, prompt_text: str, log_w: float | 
         "reward": _jsonable(sample.reward),
         "reward_error": sample.reward_error,
         "advantage": _jsonable(sample.advantage),
-        "log_w": _jsonable(log_w),
+        "log_w": _jsonable(scores.log_w if scores else None),
+        "phi": _jsonable(scores.phi if scores else None),
         "length": len(sample.response_ids),
         "finish_reason": sample.finish_reason,
         "versions": [int(versions.min()), int(versions.max())] if len(versions) else None,
+        "policy_version": scores.policy_version if scores else None,
     }
+
+
+def _rounded(values: FloatArray) -> list[float | None]:
+    """For people: 4 decimals; null where it is no number."""
+    return [round(float(value), 4) if math.isfinite(value) else None for value in values]
 
 
 def _jsonable(value: float | None) -> float | None:

@@ -6,7 +6,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vespo.metrics.records import read_metrics
-from megatron_vespo.metrics.sinks import JsonlSink, RolloutSink, TensorBoardSink
+from megatron_vespo.metrics.sinks import JsonlSink, RolloutSink, SampleScores, TensorBoardSink
 from megatron_vespo.types import Prompt, Sample, SampleGroup
 
 
@@ -78,8 +78,13 @@ def group(index: int) -> SampleGroup:
 
 
 def test_rollouts(tmp_path: Path) -> None:
+    log_pi = np.array([-0.05, math.nan], np.float32)
     sink = RolloutSink(tmp_path / "rollouts", 2, decode=lambda ids: "".join(map(chr, ids)))
-    sink.write(12, [group(i) for i in range(5)], log_w={"0/0": 0.25, "0/1": -math.inf})
+    sink.write(
+        12,
+        [group(i) for i in range(5)],
+        {"0/0": SampleScores(0.25, 1.125, log_pi, 7), "0/1": SampleScores(-math.inf, 0.0, log_pi[:0], 7)},
+    )
     path = tmp_path / "rollouts" / "step_000012.jsonl"
     assert "Cé" in path.read_text()
     records = lines(path)
@@ -94,10 +99,14 @@ def test_rollouts(tmp_path: Path) -> None:
         "reward_error": "",
         "advantage": 0.5,
         "log_w": 0.25,
+        "phi": 1.125,
         "length": 2,
         "finish_reason": "stop",
         "versions": [3, 4],
+        "policy_version": 7,
+        "tokens": {"text": ["C", "D"], "log_mu": [-0.1, -0.2], "log_pi": [-0.05, None], "version": [3, 4]},
     }
     assert records[1]["versions"] is None
     assert records[1]["log_w"] is None
     assert records[2]["log_w"] is None
+    assert records[2]["tokens"]["log_pi"] is None  # type: ignore[index]

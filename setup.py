@@ -7,6 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_vespo", "megatron_vespo.*"]),
+    package_data={"megatron_vespo.page": ["static/*"]},
     # Exact versions are in constraints.txt; here stands only what the code needs.
     install_requires=[
         "torch",

@@ -15,7 +15,8 @@ MAX_POINTS = 1000
 @dataclass(frozen=True, slots=True)
 class Chart:
     """One chart: the section it is in, its title, and the metrics drawn in it by the name of their
-    line; a text where the first metric's description does not do."""
+    line; a text where the first metric's description does not do.
+    """
 
     section: str
     title: str

@@ -63,9 +63,9 @@ def read_run(folder: Path) -> Run:
         run.notes.append(f"{CONFIG_FILE} could not be read ({type(error).__name__})")
     run.findings = [line for line in read_lines(folder / "health" / "warnings.jsonl", run.notes) if "text" in line]
     run.findings = run.findings[-MAX_FINDINGS:]
-    error = folder / "logs" / "error.txt"
-    if error.is_file():
-        run.notes.append("the run ended with an error: " + error.read_text("utf-8", "replace").strip()[:400])
+    ending = folder / "logs" / "error.txt"
+    if ending.is_file():
+        run.notes.append("the run ended with an error: " + ending.read_text("utf-8", "replace").strip()[:400])
     return run
 
 
@@ -122,7 +122,7 @@ def _rollout_files(run: Run) -> list[Path]:
 
 
 def _sample(line: dict[str, Any]) -> dict[str, Any]:
-    tokens = line.get("tokens") if isinstance(line.get("tokens"), dict) else {}
+    tokens: dict[str, Any] = line.get("tokens") or {}  # runs from before they were kept have none
     cut = {name: (tokens.get(name) or [])[:MAX_RESPONSE_TOKENS] for name in ("text", "log_mu", "log_pi", "version")}
     kept = ("step", "sample", "label", "reward", "reward_error", "advantage", "log_w", "phi", "length")
     sample = {name: line.get(name) for name in (*kept, "finish_reason", "versions", "policy_version")}

@@ -30,4 +30,9 @@ unset PYTHONDONTWRITEBYTECODE # uv would then compile nothing, and every server 
 # Without its own requirements, which are 4 GB of CUDA kernels that a CPU cannot use.
 "${install[@]}" --no-deps sglang sglang-router
 "${install[@]}" --no-deps --no-build-isolation --editable .
+# The tests look at the report in a browser; without one they skip that.
+if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 ||
+        echo "chromium could not be installed: the report is not tried in a browser" >&2
+fi
 echo "$folder is ready"

@@ -3,14 +3,18 @@
 import io
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
 
 import pytest
 from matplotlib.image import imread
 from test_report_page import HOSTILE, make_run
 
+from megatron_vespo.page.serve import make_server
 from megatron_vespo.report import main
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium chromium-driver"
@@ -78,3 +82,19 @@ def test_a_phone_needs_no_scrolling_sideways(browser: webdriver.Chrome) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.refresh()
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+def test_watching_brings_new_samples_and_keeps_the_filters(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with make_server([run], 0, 0.3) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        browser.get(f"http://127.0.0.1:{server.server_address[1]}/")
+        browser.find_element("name", "reward_min").send_keys("0.25")
+        assert count(browser).startswith("2 of 6")
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "rollout/reward_mean": 1}\n')
+        shutil.copy(run / "rollouts" / "step_000003.jsonl", run / "rollouts" / "step_000004.jsonl")
+        WebDriverWait(browser, 20).until(lambda driver: count(driver).startswith("4 of 8"))
+        assert browser.find_element("name", "reward_min").get_attribute("value") == "0.25"
+        browser.get("about:blank")
+        server.shutdown()

@@ -34,7 +34,6 @@ class Metric:
     In a name ``<set>`` stands for an evaluation set's, ``<term>`` for one of reward.terms, ``<k>`` for a number.
     """
 
-
     name: str
     unit: str
     combine: Combine

@@ -1,4 +1,4 @@
-"""From configuration to the objects that need no trainer: the connection to SGLang, evaluation, what is recorded."""
+"""From configuration to the connection with SGLang, which needs no trainer; and evaluation over it."""
 
 from __future__ import annotations
 
@@ -10,41 +10,30 @@ from functools import partial
 from typing import Any
 
 from megatron_vespo.config import Config
-from megatron_vespo.data.prompts import PromptDataset, PromptStream
-from megatron_vespo.data.sources import make_stages, read_evaluation, read_training
+from megatron_vespo.data.prompts import PromptStream
+from megatron_vespo.data.sources import make_stages
 from megatron_vespo.data.tokenizer import Tokenizer
 from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import EvaluationSet, Evaluator
-from megatron_vespo.metrics.console import RL_COLUMNS, ROLLOUT_COLUMNS, SFT_COLUMNS, Console
+from megatron_vespo.inputs import Inputs, evaluation_sampling, training_sampling
 from megatron_vespo.metrics.evaluations import EvaluationSink, Scoring
-from megatron_vespo.metrics.profile import NoProfiler, RangeProfiler, TraceProfiler, Window
-from megatron_vespo.metrics.rollback import roll_back
-from megatron_vespo.metrics.sinks import JsonlSink, MetricSink, RolloutSink, TensorBoardSink
-from megatron_vespo.metrics.wandb_sink import WandbSink
 from megatron_vespo.models.hf_config import Architecture
-from megatron_vespo.record import Hardware, Place, Recorder
 from megatron_vespo.rewards.failures import check_failures
-from megatron_vespo.rewards.pool import RewardPool
-from megatron_vespo.rewards.terms import terms_of
 from megatron_vespo.rollout.addresses import server_addresses
-from megatron_vespo.rollout.batches import BatchSink
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.rollout.conversation import GenerateFunction, TurnSettings, load_generate
+from megatron_vespo.rollout.conversation import TurnSettings
 from megatron_vespo.rollout.dispatch import Dispatcher
 from megatron_vespo.rollout.engine import GroupSettings, RolloutEngine
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.own_servers import OwnServers
 from megatron_vespo.rollout.protocol import UNPUSHED, ServerInfo
-from megatron_vespo.rollout.sampling import SamplingParams
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.rollout.watch import Watch
 from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.types import Prompt
-
-_COLUMNS = {"rl": RL_COLUMNS, "sft": SFT_COLUMNS, "rollout": ROLLOUT_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -64,67 +53,6 @@ class Connection:
     evaluation: dict[str, list[Prompt]]
     preflight: list[Prompt]
     evaluation_sink: EvaluationSink
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What rank 0 prepares while servers start.
-
-    Attributes:
-        train: Training prompts.
-        evaluation: Prompts of the evaluation sets.
-        scorer: Scores samples.
-        generate: Function of ``rollout.generate``, if there is one.
-    """
-
-    train: PromptDataset
-    evaluation: dict[str, list[Prompt]]
-    scorer: RewardPool
-    generate: GenerateFunction | None
-
-
-def prepare(
-    config: Config,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    stack: ExitStack,
-    announce: Callable[[str], None] = lambda text: None,
-) -> Inputs:
-    """Read the prompts and start what scores; on rank 0.
-
-    Args:
-        config: Configuration.
-        architecture: Limits of prompts and ids.
-        tokenizer: Texts.
-        stack: Takes what must be closed at the end.
-        announce: Told what people should know.
-
-    Raises:
-        UserError: Data or reward are not as they should be.
-    """
-    train, evaluation = _read_prompts(config, architecture, tokenizer, announce)
-    generate = load_generate(config.rollout.generate)
-    return Inputs(train, evaluation, _start_scorer(config, stack), generate)
-
-
-def prepare_evaluation(
-    config: Config,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    stack: ExitStack,
-    announce: Callable[[str], None] = lambda text: None,
-) -> Inputs:
-    """The same where nothing is trained: there are no training prompts."""
-    sets = _evaluation_prompts(config, _read_held_out(config, architecture, tokenizer, announce))
-    generate = load_generate(config.rollout.generate)
-    return Inputs(PromptDataset([], "no training data"), sets, _start_scorer(config, stack), generate)
-
-
-def _start_scorer(config: Config, stack: ExitStack) -> RewardPool:
-    scorer = RewardPool(terms_of(config.reward), workers=config.reward.workers, timeout=config.reward.timeout)
-    stack.callback(scorer.close)
-    scorer.start()
-    return scorer
 
 
 def connect(
@@ -299,66 +227,6 @@ def _sampled_under(config: Config) -> dict[str, Any]:
     }
 
 
-def training_sampling(config: Config) -> SamplingParams:
-    """How training samples are drawn."""
-    return SamplingParams(
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        stop_token_ids=tuple(config.rollout.stop_token_ids),
-    )
-
-
-def evaluation_sampling(config: Config, name: str) -> SamplingParams:
-    """How the answers to an evaluation set are drawn."""
-    section = config.evaluation.of_set(name)
-    assert section.temperature is not None and section.top_p is not None and section.top_k is not None
-    return SamplingParams(
-        max_new_tokens=section.max_new_tokens or config.rollout.max_new_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        stop_token_ids=tuple(config.rollout.stop_token_ids),
-        evaluation=True,
-    )
-
-
-def _read_prompts(
-    config: Config, architecture: Architecture, tokenizer: Tokenizer, announce: Callable[[str], None]
-) -> tuple[PromptDataset, dict[str, list[Prompt]]]:
-    room = architecture.context_length - config.rollout.max_new_tokens
-    limit = min(config.rollout.max_prompt_tokens or room, room)
-    held_out = _read_held_out(config, architecture, tokenizer, announce)
-    train = read_training(config.data, tokenizer, limit, held_out, announce)
-    _check_packing(config, max(len(record.input_ids) for record in train.records))
-    return train, _evaluation_prompts(config, held_out)
-
-
-def _read_held_out(
-    config: Config, architecture: Architecture, tokenizer: Tokenizer, announce: Callable[[str], None]
-) -> dict[str, PromptDataset]:
-    def limit(name: str) -> int:
-        room = architecture.context_length - evaluation_sampling(config, name).max_new_tokens
-        return min(config.rollout.max_prompt_tokens or room, room)
-
-    return read_evaluation(config.data, tokenizer, limit, announce)
-
-
-def _evaluation_prompts(config: Config, held_out: dict[str, PromptDataset]) -> dict[str, list[Prompt]]:
-    return {name: dataset.prompts(config.evaluation.of_set(name).max_prompts) for name, dataset in held_out.items()}
-
-
-def _check_packing(config: Config, longest_prompt: int) -> None:
-    """Refuse now what a long response would end in the middle of the run."""
-    # The last token is predicted, never fed.
-    needed = longest_prompt + config.rollout.max_new_tokens - 1
-    if config.objective == "rl" and needed > config.training.max_tokens_per_microbatch:
-        raise UserError(
-            f"training.max_tokens_per_microbatch={config.training.max_tokens_per_microbatch} cannot hold the longest"
-            f" sample: a prompt of {longest_prompt} tokens and rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} need {needed}"
-        )
-
-
 def make_evaluator(config: Config, service: RolloutService, connection: Connection | None) -> Evaluator:
     """Held-out accuracy; ``connection`` is None on all ranks but 0, which alone has the prompts."""
     section = config.evaluation
@@ -375,66 +243,3 @@ def make_evaluator(config: Config, service: RolloutService, connection: Connecti
         Scoring(section.correct_from, section.confidence),
         None if connection is None else connection.evaluation_sink,
     )
-
-
-def make_recorder(
-    config: Config,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    facts: dict[str, str],
-    at: Place,
-    resumed_after: int = 0,
-    profiler: NoProfiler | None = None,
-    hardware: Hardware | None = None,
-) -> Recorder:
-    """Console, sinks and summary; for rank 0. A run that goes on after a step writes the later ones anew."""
-    steps, folder = config.training.steps, config.run_folder
-    if resumed_after:
-        roll_back(folder, resumed_after)
-    sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl")]
-    if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(folder / "tensorboard", resumed_after + 1 if resumed_after else None))
-    wandb = config.logging.wandb
-    if wandb.mode != "off":
-        tree = config.model_dump(mode="json")
-        sinks.append(
-            WandbSink(folder, wandb.mode, wandb.project, config.run.name, tree, wandb.entity, wandb.group, wandb.tags)
-        )
-    rollout_sink, batch_sink = None, None
-    if config.objective != "sft":
-        rollout_sink = RolloutSink(
-            folder / "rollouts", config.logging.rollout_groups, lambda ids: tokenizer.decode(ids.tolist())
-        )
-    if config.objective == "rollout" or (config.objective == "rl" and config.rollout.save_batches):
-        batch_sink = BatchSink(folder / "rollouts", config.rollout.temperature, architecture.vocab_size)
-    console = Console(steps, _COLUMNS[config.objective])
-    return Recorder(
-        steps,
-        console,
-        sinks,
-        rollout_sink,
-        folder,
-        facts,
-        config.logging.console_interval,
-        batch_sink,
-        at,
-        profiler,
-        hardware,
-        resumed_after,
-    )
-
-
-def make_profiler(config: Config, rank: int, model_ranges: Callable[[bool], None] = lambda on: None) -> NoProfiler:
-    """The profiler of a rank.
-
-    Raises:
-        UserError: It needs a GPU, and there is none.
-    """
-    section = config.profile
-    if section.steps is None or rank not in section.ranks:
-        return NoProfiler()
-    first, last = section.steps
-    window = Window(first, last, section.shapes, section.stacks, section.memory)
-    if section.tool == "nsys":
-        return RangeProfiler(window, model_ranges)
-    return TraceProfiler(window, config.run_folder / "profile" / f"rank_{rank}_steps_{first}_{last}.json.gz")

@@ -27,6 +27,7 @@ from megatron_vespo.config_file import load_config
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import Evaluator
+from megatron_vespo.inputs import prepare_evaluation
 from megatron_vespo.metrics.evaluations import EvaluationSink, SetResult, console_table, read_results
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.rollout.own_servers import OwnServers, make_servers
@@ -90,7 +91,7 @@ def _evaluate(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) 
     architecture, tokenizer = load_architecture(config.model.hf_path), load_tokenizer(config.model.hf_path)
     own = stack.enter_context(_servers(config, output))
     _say(f"evaluating {label}: {', '.join(config.data.evaluation)}; {describe_servers(config, Node(ranks=0))}")
-    inputs = connect.prepare_evaluation(config, architecture, tokenizer, stack, _say)
+    inputs = prepare_evaluation(config, architecture, tokenizer, stack, _say)
     own.wait_ready()
     connection = connect.connect(
         config,

@@ -11,10 +11,12 @@ from megatron_vespo.checks import describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.evaluation import Evaluator
+from megatron_vespo.inputs import prepare
 from megatron_vespo.metrics.measure import rollout_metrics
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.record import Recorder
+from megatron_vespo.recorders import make_recorder
 from megatron_vespo.rollout.own_servers import OwnServers
 from megatron_vespo.rollout.placement import Node, describe_servers
 from megatron_vespo.rollout.service import RolloutService
@@ -51,10 +53,10 @@ def generate(
         "layout": describe_layout(config, 1),
         "servers": placement,
     }
-    recorder = connect.make_recorder(config, architecture, tokenizer, facts, lambda place: nullcontext())
+    recorder = make_recorder(config, architecture, tokenizer, facts, lambda place: nullcontext())
     stack.callback(recorder.finish)
     with recorder.phase(f"connecting to SGLang ({placement})"):
-        inputs = connect.prepare(config, architecture, tokenizer, stack, recorder.message)
+        inputs = prepare(config, architecture, tokenizer, stack, recorder.message)
         own.wait_ready()
         connection = connect.connect(
             config,

@@ -11,6 +11,7 @@ from megatron_vespo import assemble, parallel
 from megatron_vespo.config import Config
 from megatron_vespo.data.sft import SupervisedStream, sft_batches
 from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.link import Link, make_link, make_preflight, make_replay, make_rollouts
 from megatron_vespo.loop import train_rl, train_sft
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.record import Place
@@ -54,15 +55,15 @@ def train(
     stack.callback(recorder.finish)
     rollouts = None
     if config.rollout.replay is not None:
-        rollouts = assemble.make_replay(config, architecture)  # before the model: the files may not fit
+        rollouts = make_replay(config, architecture)  # before the model: the files may not fit
         recorder.message(f"no server: training on the rollout batches in {config.rollout.replay}, without evaluation")
     schedule = assemble.make_schedule(config, architecture)
     algorithm = assemble.make_algorithm(config)  # before the model: the configuration may be wrong
     progress, data = Progress(), None
 
-    def connect() -> assemble.Link:
+    def connect() -> Link:
         with recorder.phase(f"connecting to SGLang ({placement})"):
-            return assemble.make_link(
+            return make_link(
                 config,
                 architecture,
                 tokenizer,
@@ -94,10 +95,10 @@ def train(
         return
     if rollouts is None:
         link = link or connect()
-        rollouts = assemble.make_rollouts(config, link, trainer, stack)
+        rollouts = make_rollouts(config, link, trainer, stack)
     if data is not None:
         parallel.on_main(partial(rollouts.service.restore, data))
-    preflight = assemble.make_preflight(config, rollouts, algorithm)
+    preflight = make_preflight(config, rollouts, algorithm)
     if config.preflight.only:
         rollouts.weight_sync.push(progress.policy_version)
         rollouts.service.start()

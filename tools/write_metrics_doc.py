@@ -46,6 +46,7 @@ SECTIONS = {
     "train": "Updates",
     "vespo": "Importance weights",
     "rollout": "Samples",
+    "reward": "Terms of the reward",
     "eval": "Held-out problems",
     "health": "Health panel",
     "perf": "Time and devices",

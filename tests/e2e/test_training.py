@@ -13,6 +13,7 @@ import pytest
 from megatron_vespo import assemble, parallel
 from megatron_vespo.config_file import load_config, parse_config
 from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.link import make_link, make_rollouts
 from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.policy.objectives import denominators
@@ -29,8 +30,8 @@ def push_generate_compare(tree: dict[str, Any]) -> list[float]:
         architecture = load_architecture(config.model.hf_path)
         tokenizer = load_tokenizer(config.model.hf_path)
         trainer = assemble.make_trainer(config, architecture)
-        link = assemble.make_link(config, architecture, tokenizer, OwnServers(), stack)
-        rollouts = assemble.make_rollouts(config, link, trainer, stack)
+        link = make_link(config, architecture, tokenizer, OwnServers(), stack)
+        rollouts = make_rollouts(config, link, trainer, stack)
         algorithm, schedule = assemble.make_algorithm(config), assemble.make_schedule(config, architecture)
         differences = []
         for version in range(3):

@@ -76,7 +76,7 @@ def make_info(loaders: tuple[str, ...] = (), version: str = UNPUSHED) -> ServerI
     "section, needed", [({}, True), ({"transport": "delta", "verify": "none"}, True), ({"verify": "none"}, False)]
 )
 def test_a_server_without_our_loader_is_named(section: dict[str, Any], needed: bool) -> None:
-    check = _check_info(make_config(weight_sync=section))
+    check = _check_info(make_config(weight_sync=section), only_evaluates=False)
     check("http://one:1", make_info((LOADER,)))
     if not needed:
         check("http://two:1", make_info())
@@ -86,7 +86,7 @@ def test_a_server_without_our_loader_is_named(section: dict[str, Any], needed: b
 
 
 def test_without_a_trainer_a_server_must_have_its_own_weights() -> None:
-    check = _check_info(make_config(objective="rollout"))
+    check = _check_info(make_config(objective="rollout"), only_evaluates=False)
     check("http://one:1", make_info())
     with pytest.raises(UserError, match="http://one:1 serves weight version 7, which a trainer pushed"):
         check("http://one:1", make_info(version="7"))

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from megatron_vespo.config_file import parse_config
-from megatron_vespo.connect import evaluation_sampling
 from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import EvaluationSet, Evaluator
+from megatron_vespo.inputs import evaluation_sampling
 from megatron_vespo.metrics.evaluations import EvaluationSink, Scoring, markdown_table, read_results
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.metrics.rollback import roll_back

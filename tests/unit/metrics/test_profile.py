@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_vespo.config_file import parse_config
-from megatron_vespo.connect import make_profiler
 from megatron_vespo.errors import UserError
 from megatron_vespo.estimate.devices import peak_tflops
 from megatron_vespo.metrics.profile import NoProfiler, TraceProfiler, Window
@@ -14,6 +13,7 @@ from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.metrics.sinks import JsonlSink
 from megatron_vespo.record import Hardware, Recorder
+from megatron_vespo.recorders import make_profiler
 
 
 def names(trace: Path) -> list[str]:

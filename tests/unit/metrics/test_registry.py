@@ -12,7 +12,7 @@ from megatron_vespo.metrics.timers import Timers
 def test_every_row_is_described() -> None:
     for name, row in METRICS.items():
         assert name == row.name
-        assert name.split("/")[0] in ("train", "rollout", "vespo", "health", "perf", "eval")
+        assert name.split("/")[0] in ("train", "rollout", "reward", "vespo", "health", "perf", "eval")
         assert row.description.endswith(".")
         assert isinstance(row.combine, Combine)
 

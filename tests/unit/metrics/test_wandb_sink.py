@@ -39,7 +39,7 @@ def test_names_are_those_of_tensorboard(tmp_path: Path) -> None:
 
 
 def test_it_is_imported_only_where_it_is_wanted() -> None:
-    code = "import sys, megatron_vespo.connect, megatron_vespo.metrics.wandb_sink\nassert 'wandb' not in sys.modules"
+    code = "import sys, megatron_vespo.recorders, megatron_vespo.metrics.wandb_sink\nassert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.utils import configure_nvtx_profiling
 
 from megatron_vespo import parallel, recorders
 from megatron_vespo.algorithms.methods import (
@@ -156,7 +155,7 @@ def make_recorder(
     resumed_after: int = 0,
 ) -> Recorder:
     """Console, sinks and summary on rank 0; a recorder that only keeps time elsewhere."""
-    profiler = recorders.make_profiler(config, parallel.rank(), configure_nvtx_profiling)
+    profiler = recorders.make_profiler(config, parallel.rank(), parallel.mark_model_ranges)
     hardware = _hardware()
     if parallel.is_main():
         return recorders.make_recorder(config, architecture, tokenizer, facts, at, resumed_after, profiler, hardware)

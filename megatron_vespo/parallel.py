@@ -23,6 +23,7 @@ platform.prepare()
 
 from megatron.core import parallel_state as mpu  # noqa: E402 - after prepare()
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.utils import configure_nvtx_profiling  # noqa: E402
 
 
 def initialize(megatron: dict[str, Any], seed: int, *, timeout_minutes: float = 30) -> None:
@@ -303,3 +304,8 @@ def ask_main(question: Callable[[], bool]) -> bool:
     if word.startswith(b"!"):
         raise UserError(word[1:].decode())
     return word == b"yes"
+
+
+def mark_model_ranges(on: bool) -> None:
+    """Let Megatron's modules name their part of the time for Nsight Systems, or no longer."""
+    configure_nvtx_profiling(on)

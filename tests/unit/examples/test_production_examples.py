@@ -33,8 +33,8 @@ ARCHITECTURES = ROOT / "tests" / "fixtures" / "architectures"
 PRODUCTION = {"qwen3_8b/async": 1, "qwen3_30b_a3b/sync": 2, "qwen3_30b_a3b/async": 2, "qwen3_235b_a22b/sync": 16}
 # Configuration -> ranks, on one node without GPUs.
 SMALL = {
-    "calculator/rl": 1,
-    "calculator/sft": 1,
+    "calculator/rl": 2,
+    "calculator/sft": 2,
     "digits_cpu/rl": 2,
     "digits_cpu/sft": 2,
     "layouts_cpu/config": 1,

@@ -166,7 +166,7 @@ def test_a_sample_arrives_whole(start: Start) -> None:
     assert score(start("task.py:is_whole"), [Sample(prompt, 3, *arrays, "length", "text")]) == [1.0]
 
 
-@pytest.mark.parametrize("task", ["digits_cpu"])
+@pytest.mark.parametrize("task", ["digits_cpu", "layouts_cpu"])
 def test_the_rewards_of_the_examples_run(start: Start, task: str) -> None:
     spec = f"{EXAMPLES}/{task}/task.py:reward"
     wrong, right = make_sample(1), make_sample(2)

@@ -51,7 +51,7 @@ def make_samples(count: int) -> list[Sample]:
     rng = np.random.default_rng(0)
     samples = []
     for index in range(count):
-        prompt = Prompt(index, rng.integers(0, 1000, 200, np.int32), "42", {"source": "benchmark"})
+        prompt = Prompt(index, rng.integers(0, 1000, 200, np.int32), "42", {"data_source": "benchmark"})
         ids = rng.integers(0, 1000, 500, np.int32)
         text = " ".join(map(str, ids.tolist()))
         samples.append(Sample(prompt, 0, ids, ids.astype(np.float32), ids, "stop", text))

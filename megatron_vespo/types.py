@@ -28,6 +28,9 @@ FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
 FINISH_ABORT = "abort"
 
+DATA_SOURCE = "data_source"
+"""Key of a prompt's metadata, as verl's files spell it: where the prompt is from."""
+
 GENERATE_FAILED = "rollout.generate: "
 """How the ``reward_error`` of a sample begins whose generate function failed."""
 
@@ -47,6 +50,11 @@ class Prompt:
     input_ids: IntArray
     label: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_source(self) -> str:
+        """What its row says, or else the name of its source or evaluation set; empty for a prompt of neither."""
+        return str(self.metadata.get(DATA_SOURCE, ""))
 
 
 @dataclass(slots=True)

@@ -22,8 +22,8 @@ class RewardTerm(Section):
     name: str = Field(default="", pattern=r"^[\w.-]*$")
     """Of its metric, reward/<name>. Default: the function's name."""
     sources: list[str] | None = None
-    """Only for prompts whose ``data_source`` (a key of their line in the data) is one of these; ``*`` stands for any
-    text. Default: for all."""
+    """Only for prompts whose ``data_source`` is one of these: the name of their source or evaluation set, unless their
+    line in the data has one. ``*`` stands for any text. Default: for all."""
 
     @property
     def label(self) -> str:

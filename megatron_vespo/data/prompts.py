@@ -15,7 +15,7 @@ from megatron_vespo.data.order import EndlessOrder, Stage
 from megatron_vespo.data.rows import Row, look_up, read_rows
 from megatron_vespo.data.tokenizer import Messages, Tokenizer
 from megatron_vespo.errors import UserError
-from megatron_vespo.types import IntArray, Prompt
+from megatron_vespo.types import DATA_SOURCE, IntArray, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Source:
     """Prompts that belong together.
 
     Attributes:
-        name: What messages and metadata call it.
+        name: What messages call it, and ``data_source`` in the metadata.
         records: The prompts.
         weight: Share among the prompts drawn; None: their number.
         dropped: Prompts left out because they are too long.
@@ -87,12 +87,11 @@ class PromptDataset:
 
     @classmethod
     def of(cls, sources: Sequence[Source]) -> PromptDataset:
-        """One data set of several sources, whose prompts know theirs: ``metadata["source"]``, if they say nothing."""
-        if len(sources) == 1:
-            return cls(list(sources[0].records), sources[0].name, sources)
+        """One data set of these sources. ``data_source`` in the metadata is the source's name, unless a row has one."""
         for source in sources:
             for record in source.records:
-                record.metadata.setdefault("source", source.name)
+                if not record.metadata.get(DATA_SOURCE):  # a column may be there and empty
+                    record.metadata[DATA_SOURCE] = source.name
         records = [record for source in sources for record in source.records]
         return cls(records, ", ".join(source.name for source in sources), sources)
 

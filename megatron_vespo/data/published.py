@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_vespo.data.rows import FILES, look_up, read_rows
 from megatron_vespo.errors import UserError
+from megatron_vespo.types import DATA_SOURCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Problem:
     Attributes:
         text: The problem alone, without instructions around it.
         label: Right answer, or test cases as JSON.
-        metadata: source, id, and what the format knows: difficulty (a number), subject, url.
+        metadata: data_source, id, and what the format knows: difficulty (a number), subject, url.
         where: Where it stood.
     """
 
@@ -154,7 +155,7 @@ FORMATS: dict[str, Format] = {
         problem=("prompt",),
         answer=("reward_model.ground_truth",),
         id=("extra_info.index",),
-        keep=("data_source",),
+        keep=(DATA_SOURCE,),
         take_answer=test_cases,
         only=("ability", "^code$"),
         kind="code",
@@ -228,7 +229,7 @@ def _problem(name: str, form: Format, where: str, row: dict[str, Any]) -> Proble
     label = form.take_answer(answer)
     if not label:
         raise Unusable("the answer is empty")
-    metadata: dict[str, Any] = {"source": name}
+    metadata: dict[str, Any] = {DATA_SOURCE: name}
     own = _first(row, form.id)
     metadata["id"] = where.rpartition("/")[2] if own is None else str(own)
     numbers = re.findall(r"\d+", str(_first(row, form.difficulty) or ""))

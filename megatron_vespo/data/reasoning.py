@@ -34,11 +34,7 @@ def rows(section: ReasoningGymSection) -> Iterator[Row]:
         item = open_task(section.task, config, level, section.seed, section.size)[number]
         # As JSON and back, since it travels to reward workers and into files, where there are no tuples.
         entry = json.loads(json.dumps({"task": section.task, "config": section.config, **item}))
-        metadata: dict[str, Any] = {
-            "source": f"reasoning_gym/{section.task}",
-            "id": f"{section.task}-{section.seed + number}",
-            ENTRY: entry,
-        }
+        metadata: dict[str, Any] = {"id": f"{section.task}-{section.seed + number}", ENTRY: entry}
         if level is not None:
             metadata["difficulty"] = level
         row = {"prompt": item["question"], "label": item["answer"], "metadata": metadata}

@@ -74,7 +74,7 @@ def _chosen(weighted: Sequence[tuple[Term, RewardFunction]], sample: Sample) -> 
     Raises:
         RewardFailure: Some terms are for certain sources, and none of those is for this one.
     """
-    source = str(sample.prompt.metadata.get("data_source", ""))
+    source = sample.prompt.data_source
     chosen = [(term, function) for term, function in weighted if _is_for(term, source)]
     is_known = any(term.sources is not None for term, _ in chosen)
     if not is_known and any(term.sources is not None for term, _ in weighted):

@@ -125,7 +125,9 @@ def test_megatron_is_not_reached_in_a_roundabout_way(module: str) -> None:
 
 def test_whoever_imports_megatron_prepares_the_platform_first() -> None:
     """Elsewhere a sorted import puts Megatron before our modules, and so before ``platform.prepare()``."""
-    importers = {part(name) for name, source in SOURCES.items() for n in imports(source) if n.split(".")[0] == "megatron"}
+    importers = {
+        part(name) for name, source in SOURCES.items() for n in imports(source) if n.split(".")[0] == "megatron"
+    }
     assert importers <= {"platform", "parallel", *POLICY, "weight_sync"}
 
 

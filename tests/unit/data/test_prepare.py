@@ -113,7 +113,7 @@ def test_a_published_format_is_read(
     for path in (tmp_path, tmp_path / "data" / file):
         (found,) = read_published(name, path, "train", fail)
         assert (found.text, found.label) == (problem, label)
-        assert ({"source": name} | metadata).items() <= found.metadata.items()
+        assert ({"data_source": name} | metadata).items() <= found.metadata.items()
 
 
 def test_every_format_has_a_fixture() -> None:
@@ -234,7 +234,7 @@ def test_training_sets_lose_repetitions_contradictions_and_evaluation_problems(t
             "content": "Find 1+1.\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
         }
     ]
-    assert first[0]["metadata"]["source"] == "dapo_math_17k"
+    assert first[0]["metadata"]["data_source"] == "dapo_math_17k"
     assert [row["metadata"]["id"] for row in rows_in(output / "deepscaler.jsonl")] == ["deepscaler.json:2"]
     assert len(rows_in(output / "aime_2024.jsonl")) == 1
     assert outcome.rows["dapo_math_17k"] == {

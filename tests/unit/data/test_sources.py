@@ -4,17 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_vespo.config import DataSection
+from megatron_vespo.config import DataSection, RewardSection
 from megatron_vespo.config_file import dump_config, load_config, parse_config
 from megatron_vespo.data.prompts import PromptDataset, PromptStream
 from megatron_vespo.data.rows import is_hub_name, read_rows
 from megatron_vespo.data.sources import make_stages, read_evaluation, read_texts, read_training
 from megatron_vespo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vespo.errors import UserError
+from megatron_vespo.rewards.failures import RewardFailure
+from megatron_vespo.rewards.terms import load_terms, terms_of
+from megatron_vespo.types import Sample
 from tests.tiny_models import make_tiny_tokenizer
 
 VERL = {
@@ -105,10 +109,10 @@ def test_a_folder_is_read_as_the_data_set_that_it_is(tmp_path: Path, tokenizer: 
         keys={"prompt": "question"},
     )
     (record,) = read_training(data, tokenizer, 16).records
-    assert record.label == "train" and record.metadata == {}
+    assert record.label == "train" and record.metadata == {"data_source": "train"}
     sets = read_evaluation(data, tokenizer, lambda name: 16)
     assert sets["held"].records[0].label == "test", "evaluation reads the split test, if there are several"
-    assert sets["seen"].records[0].metadata == {"answer": "train"}
+    assert sets["seen"].records[0].metadata == {"answer": "train", "data_source": "seen"}
     with pytest.raises(UserError, match=r"(?s)set: .*dev"):
         list(read_rows(home, split="dev"))
 
@@ -140,7 +144,8 @@ def test_keys_move_columns_and_look_into_objects(tmp_path: Path, tokenizer: Toke
     keys = {"prompt": "q", "label": "meta.answer", "difficulty": "Level"}
     (record,) = read_training(section(train=write(tmp_path / "a.jsonl", row), keys=keys), tokenizer, 16).records
     assert record.label == "3"
-    assert record.metadata == {"meta": {"answer": 3}, "difficulty": "Level 4", "other": 1}
+    mine = {"meta": {"answer": 3}, "difficulty": "Level 4", "other": 1}
+    assert record.metadata == {**mine, "data_source": "train"}
     with pytest.raises(UserError, match=r"a.jsonl:1: no 'nothing', which data.keys takes as 'label'"):
         read_training(section(train=str(tmp_path / "a.jsonl"), keys={**keys, "label": "nothing"}), tokenizer, 16)
 
@@ -187,19 +192,45 @@ def test_long_prompts_are_refused_with_their_number_or_left_out(tmp_path: Path, 
 
 
 def test_sources_are_mixed_by_weight_and_without_weights_by_size(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    few = write(tmp_path / "few.jsonl", {"prompt": "1", "metadata": {"source": "own"}}, {"prompt": "2"})
+    few = write(tmp_path / "few.jsonl", {"prompt": "1", "metadata": {"data_source": "own"}}, {"prompt": "2"})
     many = write(tmp_path / "many.jsonl", *({"prompt": f"{n}"} for n in range(3, 9)))
 
     def drawn(data: DataSection, count: int) -> list[str]:
         dataset = read_training(data, tokenizer, 4)
         stream = PromptStream(dataset, 0, stages=make_stages(dataset, data.curriculum))
-        return [str(next(stream).metadata["source"]) for _ in range(count)]
+        return [next(stream).data_source for _ in range(count)]
 
     by_size = drawn(section(train={"few": few, "many": many}), 8)
     assert sorted(by_size) == ["few"] + ["many"] * 6 + ["own"], "one epoch of each"
     weights = {"few": {"path": few, "weight": 3}, "many": {"path": many, "weight": 1}}
     by_weight = drawn(section(train=weights), 16)
     assert by_weight.count("many") == 4 and by_weight.count("own") == by_weight.count("few") == 6
+
+
+def test_rewards_are_chosen_by_where_a_prompt_is_from(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    mixed = write(tmp_path / "a.parquet", {"prompt": "1", "data_source": "talk"}, {"prompt": "2", "data_source": None})
+    sums = {"reasoning_gym": {"task": "chain_sum", "size": 1}}
+    data = section(
+        train={"math": mixed, "sums": sums, "talk": write(tmp_path / "b.jsonl", {"prompt": "3", "label": "x"})},
+        evaluation={"aime24": write(tmp_path / "c.jsonl", {"prompt": "4"})},
+    )
+    terms = [
+        {"function": "exact_match", "sources": ["math", "aime*", "sums"]},
+        {"function": "truncated", "sources": ["talk"]},
+    ]
+    reward = load_terms(terms_of(RewardSection.model_validate({"terms": terms}))).function
+
+    def terms_by_source(dataset: PromptDataset) -> list[tuple[str, str]]:
+        ids, nothing = np.array([1], np.int32), np.zeros(1, np.float32)
+        samples = [Sample(prompt, 0, ids, nothing, ids, "stop") for prompt in dataset.prompts()]
+        return [(sample.prompt.data_source, *reward(sample).terms) for sample in samples]
+
+    math, talk = ("math", "exact_match"), ("talk", "truncated")
+    assert terms_by_source(read_training(data, tokenizer, 64)) == [talk, math, ("sums", "exact_match"), talk]
+    (held,) = read_evaluation(data, tokenizer, lambda name: 64).values()
+    assert terms_by_source(held) == [("aime24", "exact_match")]
+    with pytest.raises(RewardFailure, match=r"no term of reward.terms has data_source 'train'"):
+        terms_by_source(read_training(section(train=str(tmp_path / "b.jsonl")), tokenizer, 64))
 
 
 def test_a_curriculum_draws_what_its_stages_say(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -23,7 +23,8 @@ Every step's metrics go, under the same names, to
   do not. A resumed run goes on in its W&B run. The x axis is the run's own `step`.
 
 A step may make several updates, each on a minibatch with values of its own. "Of a step" says how they become one.
-`<set>` is the name of an evaluation set, `<k>` a number. A name that is not in the table is an error.
+`<set>` is the name of an evaluation set, `<term>` of one of `reward.terms`, `<source>` a prompt's `data_source`
+([data.md](data.md)), `<k>` a number. A name that is not in the table is an error.
 
 ## Time, throughput and profiles
 
@@ -46,7 +47,7 @@ SECTIONS = {
     "train": "Updates",
     "vespo": "Importance weights",
     "rollout": "Samples",
-    "reward": "Terms of the reward",
+    "reward": "Rewards by term and by source",
     "eval": "Held-out problems",
     "health": "Health panel",
     "perf": "Time and devices",

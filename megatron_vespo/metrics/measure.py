@@ -34,6 +34,7 @@ def rollout_metrics(groups: Sequence[SampleGroup]) -> Values:
         "rollout/truncated_share": float(np.mean([sample.finish_reason == FINISH_LENGTH for sample in samples])),
         "rollout/equal_reward_share": float(np.mean(equal)),
         **_reward_terms(samples),
+        **_source_rewards(samples),
     }
 
 
@@ -44,6 +45,17 @@ def _reward_terms(samples: Sequence[Sample]) -> Values:
         f"reward/{name}": float(np.mean([s.reward_terms[name] for s in samples if name in s.reward_terms]))
         for name in names
     }
+
+
+def _source_rewards(samples: Sequence[Sample]) -> Values:
+    """Mean reward by data source, where there are several; None for a source of which nothing could be scored."""
+    rewards: dict[str, list[float]] = {}
+    for sample in samples:
+        rewards.setdefault(sample.prompt.data_source, []).extend([] if sample.reward_error else [sample.reward])
+    rewards.pop("", None)  # batches that were saved without it
+    if len(rewards) < 2:
+        return {}
+    return {f"reward/source/{name}": float(np.mean(found)) if found else None for name, found in rewards.items()}
 
 
 def minibatch_metrics(samples: Sequence[Sample], table: Table, policy_version: int) -> Values:

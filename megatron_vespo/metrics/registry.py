@@ -31,7 +31,8 @@ class Combine(StrEnum):
 class Metric:
     """One row of the table.
 
-    In a name ``<set>`` stands for an evaluation set's, ``<term>`` for one of reward.terms, ``<k>`` for a number.
+    In a name ``<set>`` stands for an evaluation set's, ``<term>`` for one of reward.terms, ``<source>`` for a data
+    source, ``<k>`` for a number.
     """
 
     name: str
@@ -109,6 +110,12 @@ _PLAIN = (
         "",
         _MEAN,
         "Mean of one of reward.terms, without its weight, over the samples that it was asked of.",
+    ),
+    (
+        "reward/source/<source>",
+        "",
+        _MEAN,
+        "Mean reward of the samples of one data_source, as far as they could be scored; of a batch of several.",
     ),
     ("rollout/response_length_mean", "tokens", _MEAN, "Mean response length."),
     ("rollout/response_length_max", "tokens", _MAX, "Longest response."),
@@ -258,17 +265,20 @@ METRICS: dict[str, Metric] = _build_table()
 
 _EVAL_NAME = re.compile(r"eval/[^/]+/(?P<field>[^/]+)")
 _TERM_NAME = re.compile(r"reward/[^/]+")
+_SOURCE_NAME = re.compile(r"reward/source/.+", re.DOTALL)  # rows may say whatever they like: openai/gsm8k
 _PASS_AT = re.compile(r"^pass_at_\d+")
 
 
 def metric(name: str) -> Metric:
-    """The row for ``name``: ``eval/gsm8k/accuracy`` finds ``eval/<set>/accuracy``, ``reward/math`` ``reward/<term>``.
+    """The row for ``name``, as ``eval/<set>/accuracy`` is that for ``eval/gsm8k/accuracy``.
 
     Raises:
         ValueError: The table has no such name.
     """
     if _TERM_NAME.fullmatch(name):
         return METRICS["reward/<term>"]
+    if _SOURCE_NAME.fullmatch(name):
+        return METRICS["reward/source/<source>"]
     match = _EVAL_NAME.fullmatch(name)
     row = METRICS.get(f"eval/<set>/{_PASS_AT.sub('pass_at_<k>', match['field'])}" if match else name)
     if row is None:

@@ -37,3 +37,19 @@ def test_a_batch_without_a_scored_sample_has_no_reward() -> None:
     values = rollout_metrics([group(None, None)])
     assert values["rollout/reward_mean"] is values["rollout/reward_std"] is None
     assert values["rollout/reward_failed_share"] == values["rollout/equal_reward_share"] == 1.0
+
+
+def test_rewards_by_source_where_a_batch_has_several() -> None:
+    groups = [group(1.0, 2.0, None), group(5.0), group(None, None), group(7.0)]
+    for one, source in zip(groups, ("math", "openai/gsm8k", "code", "math"), strict=True):
+        one.prompt.metadata["data_source"] = source
+    values = rollout_metrics(groups)
+    found = {name: value for name, value in values.items() if name.startswith("reward/")}
+    assert found == {
+        "reward/source/math": pytest.approx(10 / 3),
+        "reward/source/openai/gsm8k": 5.0,
+        "reward/source/code": None,
+    }
+    StepMetrics().update(values)
+    for few in ([groups[0], groups[3]], [groups[0], group(1.0)], [group(1.0)]):
+        assert not [name for name in rollout_metrics(few) if name.startswith("reward/")]

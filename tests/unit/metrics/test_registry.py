@@ -20,9 +20,20 @@ def test_every_row_is_described() -> None:
 def test_lookup() -> None:
     assert metric("train/grad_norm").combine is Combine.MEAN
     assert metric("eval/gsm8k/accuracy").name == "eval/<set>/accuracy"
+    assert metric("reward/source").name == metric("reward/math").name == "reward/<term>"
+    for source in ("math", "openai/gsm8k", "two words", "two\nlines"):
+        assert metric(f"reward/source/{source}").name == "reward/source/<source>"
     for name in ("vespo/log_w_mean", "vespo/phi_mean_pos", "vespo/ess_w_neg", "perf/step_time", "perf/sync_time"):
         assert metric(name).name == name
-    for unknown in ("train/gradnorm", "eval/accuracy", "eval/a/b/accuracy", "eval/gsm8k/f1", "vespo/ess_w_zero", ""):
+    for unknown in (
+        "train/gradnorm",
+        "eval/accuracy",
+        "eval/a/b/accuracy",
+        "eval/gsm8k/f1",
+        "reward/a/b",
+        "reward/source/",
+        "",
+    ):
         with pytest.raises(ValueError, match="unknown metric"):
             metric(unknown)
 

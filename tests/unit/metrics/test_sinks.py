@@ -61,7 +61,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def group(index: int) -> SampleGroup:
-    prompt = Prompt(index, np.array([65, 66], np.int32), label="C")
+    prompt = Prompt(index, np.array([65, 66], np.int32), label="C", metadata={"data_source": "letters"})
     full = Sample(
         prompt,
         0,
@@ -72,6 +72,7 @@ def group(index: int) -> SampleGroup:
         "Cé",
         1.0,
         0.5,
+        reward_terms={"math": 1.5, "overlong": -1.0},
     )
     empty = np.array([], np.int32)
     return SampleGroup(prompt, [full, Sample(prompt, 1, empty, empty.astype(np.float32), empty, "abort")])
@@ -95,7 +96,9 @@ def test_rollouts(tmp_path: Path) -> None:
         "prompt": "AB",
         "response": "Cé",
         "label": "C",
+        "data_source": "letters",
         "reward": 1.0,
+        "reward_terms": {"math": 1.5, "overlong": -1.0},
         "reward_error": "",
         "advantage": 0.5,
         "log_w": 0.25,
@@ -107,6 +110,7 @@ def test_rollouts(tmp_path: Path) -> None:
         "tokens": {"text": ["C", "D"], "log_mu": [-0.1, -0.2], "log_pi": [-0.05, None], "version": [3, 4]},
     }
     assert records[1]["versions"] is None
+    assert records[1]["reward_terms"] == {}
     assert records[1]["log_w"] is None
     assert records[2]["log_w"] is None
     assert records[2]["tokens"]["log_pi"] is None  # type: ignore[index]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Format:
         take_answer: Makes the label.
         only: A column, and a pattern that it must hold; rows that do not are another set's.
         kind: What is asked for: a final answer (math) or a program (code).
+        split: The one that this is, where a folder has others too.
     """
 
     published: str
@@ -94,6 +95,7 @@ class Format:
     take_answer: Callable[[Any], str] = whole
     only: tuple[str, str] | None = None
     kind: str = "math"
+    split: str | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -162,6 +164,8 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
+FORMATS["eurus_code_validation"] = replace(FORMATS["eurus_code"], split="validation")
+
 # Instructions that publishers put around problems, and that would differ from set to set.
 _PREFIXES = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer:"
@@ -185,7 +189,7 @@ def read_published(name: str, path: Path, split: str, unusable: Callable[[str, s
     if name not in FORMATS:
         raise UserError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
     form = FORMATS[name]
-    for file in find_files(path, split):
+    for file in find_files(path, form.split or split):
         for where, row in read_rows(file):
             if form.only is not None and not _is_of(row, *form.only):
                 continue

@@ -83,6 +83,8 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], str, str, dict[str, Any]]] = [
      "How many?", "1002", {}),
     ("eurus_code", "train-00000-of-00008.parquet", EURUS, "Add two numbers.\n\nWrite Python code.", CASES,
      {"id": "5", "data_source": "taco"}),
+    ("eurus_code_validation", "validation-00000-of-00001.parquet", EURUS, "Add two numbers.\n\nWrite Python code.",
+     CASES, {"id": "5", "data_source": "taco"}),
 ]  # fmt: skip
 
 
@@ -136,6 +138,11 @@ def test_a_folder_with_splits_gives_the_one_that_is_named(tmp_path: Path) -> Non
     (tmp_path / "dataset_infos.json").write_text("{}")
     for split in ("train", "test"):
         assert [problem.text for problem in read_published("gsm8k", tmp_path, split, fail)] == [split]
+    splits = {"eurus_code": "train", "eurus_code_validation": "validation"}
+    for split in splits.values():
+        write(tmp_path / "eurus" / f"{split}-0.parquet", EURUS | {"prompt": user(split)})
+    for name, split in splits.items():
+        assert [problem.text for problem in read_published(name, tmp_path / "eurus", "train", fail)] == [split]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from examples.digits_cpu import task as digits
 from megatron_vespo.algorithms.vespo import VespoParams
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
+from megatron_vespo.data.published import FORMATS
 from megatron_vespo.estimate.devices import DEVICES
 from megatron_vespo.estimate.estimate import Estimate, estimate, facts_of
 from megatron_vespo.estimate.report import describe_estimate
@@ -30,7 +31,8 @@ ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples"
 ARCHITECTURES = ROOT / "tests" / "fixtures" / "architectures"
 # Configuration -> nodes.
-PRODUCTION = {"qwen3_8b/async": 1, "qwen3_30b_a3b/sync": 2, "qwen3_30b_a3b/async": 2, "qwen3_235b_a22b/sync": 16}
+MATHEMATICS = {"qwen3_8b/async": 1, "qwen3_30b_a3b/sync": 2, "qwen3_30b_a3b/async": 2, "qwen3_235b_a22b/sync": 16}
+PRODUCTION = {**MATHEMATICS, "code_rl/async": 1}
 # Configuration -> ranks, on one node without GPUs.
 SMALL = {
     "calculator/rl": 2,
@@ -47,8 +49,12 @@ def load(name: str, *overrides: str) -> Config:
     return load_config(EXAMPLES / f"{name}.yaml", overrides)
 
 
+def architecture_of(name: str) -> Path:
+    return ARCHITECTURES / load(name).model.hf_path.removeprefix("models/").lower().replace("-", "_")
+
+
 def estimated(name: str, *overrides: str) -> Estimate:
-    architecture = load_architecture(ARCHITECTURES / Path(name).parent.name)
+    architecture = load_architecture(architecture_of(name))
     return estimate(load(name, *overrides), architecture, DEVICES["h100"], nodes=PRODUCTION[name])
 
 
@@ -79,7 +85,7 @@ def test_all_names_are_known_upstream(name: str) -> None:
     validate_server_args(config.sglang)
     choose_conditions(config.health.warn)
     stop_after(config.health.stop_when)
-    assert callable(load_reward(str(ROOT / config.reward.function)))
+    assert callable(load_reward(config.reward.function, config.reward.params))
     assert config.rollout.server.device == "cuda" and config.model.layer_spec == "transformer_engine"
     # A request for the longest sample, with what SGLang keeps back.
     longest = (config.rollout.max_prompt_tokens or 0) + config.rollout.max_new_tokens
@@ -98,12 +104,32 @@ def configs(name: str, architecture: Path) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", PRODUCTION)
 def test_megatron_takes_the_options(name: str) -> None:
     config = load(name)
-    ((layers, stages, in_fp32),) = run_ranks(1, configs, name, ARCHITECTURES / Path(name).parent.name)
+    ((layers, stages, in_fp32),) = run_ranks(1, configs, name, architecture_of(name))
     assert layers in (36, 48, 94) and in_fp32
     assert stages == config.megatron.get("pipeline_model_parallel_size", 1)
 
 
 @pytest.mark.parametrize("name", PRODUCTION)
+def test_data_are_what_prepare_data_writes(name: str) -> None:
+    config = load(name)
+    assert isinstance(config.data.train, str)
+    paths = [Path(config.data.train), *(Path(str(path)) for path in config.data.evaluation.values())]
+    assert len({path.parent for path in paths}) == 1, "one call of prepare_data keeps training and evaluation apart"
+    assert all(path.suffix == ".jsonl" and path.stem in FORMATS for path in paths)
+    assert list(config.data.evaluation) == [path.stem for path in paths[1:]]
+    kinds = {FORMATS[path.stem].kind for path in paths}
+    assert kinds == {config.reward.function}
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_how_the_contests_are_evaluated(name: str) -> None:
+    evaluation = load(name).evaluation
+    samples = {one: evaluation.of_set(one).samples_per_prompt for one in load(name).data.evaluation}
+    assert samples == {"aime_2024": 32, "aime_2025": 32, "amc_2023": 32, "math_500": 4}
+    assert (evaluation.temperature, evaluation.top_p) == (1.0, 0.7) and evaluation.interval == 20
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
 def test_the_setting_is_the_papers(name: str) -> None:
     config = load(name)
     assert (config.rollout.samples_per_prompt, config.rollout.max_prompt_tokens) == (8, 1024)
@@ -159,7 +185,7 @@ def estimate_on_one_node() -> Estimate:
     return estimate(load("qwen3_30b_a3b/sync"), architecture, DEVICES["h100"], nodes=1)
 
 
-SCRIPTS = sorted(EXAMPLES.glob("qwen3_*/run.sh"))
+SCRIPTS = sorted({EXAMPLES / Path(name).parent / "run.sh" for name in PRODUCTION})
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)

@@ -139,13 +139,23 @@ class RolloutSink:
         atomic_write(self._folder / f"step_{step:06d}.jsonl", "".join(lines))
 
     def _tokens(self, sample: Sample, scores: SampleScores | None) -> dict[str, Any]:
-        """The response token by token, as parallel lists; half a character reads as U+FFFD."""
-        return {
-            "text": [self._decode(sample.response_ids[i : i + 1]) for i in range(len(sample.response_ids))],
+        """The policy's tokens, as parallel lists, and apart from them those that were inserted, if any."""
+        tokens = {
+            "text": self._words(sample.response_ids),
             "log_mu": _rounded(sample.log_mu),
             "log_pi": None if scores is None else _rounded(scores.log_pi),
             "version": [int(version) for version in sample.weight_versions],
         }
+        if sample.inserted_ids is not None and sample.inserted_before is not None:
+            tokens |= {
+                "inserted_text": self._words(sample.inserted_ids),
+                "inserted_before": [int(place) for place in sample.inserted_before],
+            }
+        return tokens
+
+    def _words(self, ids: IntArray) -> list[str]:
+        """Text of each token; half a character reads as U+FFFD."""
+        return [self._decode(ids[i : i + 1]) for i in range(len(ids))]
 
 
 def _rollout_record(step: int, sample: Sample, prompt_text: str, scores: SampleScores | None) -> dict[str, Any]:

@@ -114,3 +114,12 @@ def test_rollouts(tmp_path: Path) -> None:
     assert records[1]["log_w"] is None
     assert records[2]["log_w"] is None
     assert records[2]["tokens"]["log_pi"] is None  # type: ignore[index]
+
+
+def test_inserted_tokens_are_apart_from_those_of_the_policy(tmp_path: Path) -> None:
+    told = group(0)
+    told.samples[0].inserted_ids = np.array([69, 70], np.int32)
+    told.samples[0].inserted_before = np.array([1, 2], np.int32)
+    RolloutSink(tmp_path, 1, decode=lambda ids: "".join(map(chr, ids))).write(1, [told])
+    tokens = lines(tmp_path / "step_000001.jsonl")[0]["tokens"]
+    assert {"text": ["C", "D"], "inserted_text": ["E", "F"], "inserted_before": [1, 2]}.items() <= tokens.items()  # type: ignore[attr-defined]

@@ -1,17 +1,16 @@
-"""Configuration from a YAML file plus ``section.key=value`` overrides, to YAML again, and as help. No torch here."""
+"""Configuration from a YAML file plus ``section.key=value`` overrides, and to YAML again. No torch here."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_vespo.config import Config, Section, SourceSection
+from megatron_vespo.config import Config, SourceSection
 from megatron_vespo.errors import UserError
 from megatron_vespo.upstream import nearest
 
@@ -121,65 +120,3 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; ``load_config`` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def describe_config() -> str:
-    """Every section and key with type, default and meaning: the body of ``train --help``."""
-    lines: list[str] = []
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            lines += ["", f"{name}:  {_first_line(section.__doc__)}", *_describe_fields(section, name)]
-        else:
-            lines += ["", f"{name}:  {field.description}"]
-    return "\n".join(lines)
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().splitlines()[0]
-
-
-def _describe_fields(section: type[Section], prefix: str, shown: set[type[Section]] | None = None) -> list[str]:
-    """A field a line, and those of the sections that its values may be, each section once."""
-    shown = set() if shown is None else shown
-    lines = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            lines += _describe_fields(kind, f"{prefix}.{name}", shown)
-            continue
-        default = "required" if field.is_required() else f"default {field.get_default()!r}"
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  {prefix}.{name}  ({_type_name(kind)}; {default})\n      {meaning}")
-        for inner in _sections_in(kind):
-            if inner not in shown:
-                shown.add(inner)
-                lines += _describe_fields(
-                    inner, f"{prefix}.{name}.*" if _holds_many(kind) else f"{prefix}.{name}", shown
-                )
-    return lines
-
-
-def _sections_in(kind: Any) -> Iterator[type[Section]]:
-    if isinstance(kind, type) and issubclass(kind, Section):
-        yield kind
-    for argument in get_args(kind):
-        yield from _sections_in(argument)
-
-
-def _holds_many(kind: Any) -> bool:
-    return get_origin(kind) in (dict, list) or any(_holds_many(argument) for argument in get_args(kind))
-
-
-def _type_name(kind: Any) -> str:
-    """As it is written in Python, without what only validation needs."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin in (Union, UnionType):
-        return " | ".join(_type_name(argument) for argument in arguments)
-    if origin in (dict, list):
-        return f"{origin.__name__}[{', '.join(_type_name(argument) for argument in arguments)}]"
-    if kind is NoneType:
-        return "None"
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")

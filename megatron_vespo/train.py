@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from megatron_vespo import environment, guard
 from megatron_vespo.checks import check_config, check_parallel_plan, describe_layout
 from megatron_vespo.config import Config
-from megatron_vespo.config_file import describe_config, dump_config, load_config
+from megatron_vespo.config.describe import describe_config
+from megatron_vespo.config_file import dump_config, load_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.logs import RankLog, report_once
 from megatron_vespo.processes import a_local_rank_is_gone

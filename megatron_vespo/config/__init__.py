@@ -45,7 +45,8 @@ class Config(Section):
     run: RunSection
     model: ModelSection
     megatron: dict[str, Any] = {}
-    """Any field of TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, under its own name."""
+    """Any field of Megatron-Core's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, under its own
+    name."""
     sglang: dict[str, Any] = {}
     """Any SGLang server argument, under its own name with underscores. With `quantization: fp8` and objective rl the
     trainer quantises what it pushes (docs/colocate.md)."""

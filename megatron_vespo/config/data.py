@@ -78,7 +78,7 @@ class CurriculumSection(Section):
     field: str = "difficulty"
     """Key of the metadata; ``extra_info.level`` is a key of an object in it."""
     stages: list[StageSection] = Field(min_length=1)
-    """In order."""
+    """The stages, in order."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,7 +118,8 @@ class DataSection(Section):
     """Training prompts (objectives rl and rollout) or texts (sft: ``prompt`` and ``response``, or ``text``): a path, a
     source, or several sources by name, each a path or a source."""
     evaluation: dict[Annotated[str, Field(pattern=r"^\w[^/]*$")], Source] = {}
-    """Held-out prompts by the name that their metrics get: paths or sources."""
+    """Held-out prompts by the name that their metrics get, which begins with a letter or digit and has no slash: paths
+    or sources."""
     shuffle: bool = True
     """Reshuffle the training data in every epoch, by run.seed."""
     keys: dict[str, str] = {}

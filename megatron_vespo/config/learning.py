@@ -20,7 +20,7 @@ class RewardTerm(Section):
     params: dict[str, Any] = {}
     """As reward.params."""
     name: str = Field(default="", pattern=r"^[\w.-]*$")
-    """Of its metric, reward/<name>. Default: the function's name."""
+    """Of its metric, ``reward/<name>``: letters, digits, ``_``, ``.`` and ``-``. Default: the function's name."""
     sources: list[str] | None = None
     """Only for prompts whose ``data_source`` is one of these: the name of their source or evaluation set, unless their
     line in the data has one. ``*`` stands for any text. Default: for all."""
@@ -135,7 +135,7 @@ class EvaluationSetSection(Section):
 
 
 class EvaluationSection(Section):
-    """Scoring the prompts of ``data.evaluation``. docs/evaluation.md"""
+    """Scoring the prompts of ``data.evaluation``; docs/evaluation.md."""
 
     interval: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step. With objective rollout, whose
@@ -157,7 +157,7 @@ class EvaluationSection(Section):
     correct_from: float = 1.0
     """Reward from which a response is correct, for pass@k."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of the intervals, by the bootstrap over problems."""
+    """Level of the intervals, which are made by the bootstrap over problems."""
     keep_answers: bool = True
     """Write every answer to evaluation/ in the run folder."""
 

@@ -90,7 +90,7 @@ class PreflightSection(Section):
     force: bool = False
     """Start all the same."""
     only: bool = False
-    """Do nothing else; the run's folder is <name>.preflight then. The same as --preflight-only."""
+    """Do nothing else; the run's folder is ``<name>.preflight`` then. The same as --preflight-only."""
 
 
 class WandbSection(Section):
@@ -100,17 +100,17 @@ class WandbSection(Section):
     """`online` sends them (W&B's own WANDB_API_KEY or login); `offline` writes files into the run folder, for
     `wandb sync`."""
     project: str = "megatron-vespo"
-    """Project."""
+    """W&B project that the run goes to."""
     entity: str | None = None
-    """User or team; default: the one logged in."""
+    """W&B user or team; default: the one logged in."""
     group: str | None = None
-    """Group of runs."""
+    """W&B group that the run belongs to."""
     tags: list[str] = []
-    """Tags."""
+    """W&B tags of the run."""
 
 
 class ProfileSection(Section):
-    """A window of steps under a profiler. docs/metrics.md"""
+    """A window of steps under a profiler; docs/metrics.md."""
 
     steps: list[Annotated[int, Field(ge=1)]] | None = None
     """First and last step, for example [3, 4]; none by default. Leave out the first steps, which warm up."""
@@ -120,11 +120,11 @@ class ProfileSection(Section):
     """`torch` writes profile/rank_0_steps_3_4.json.gz, a Chrome trace; `nsys` starts and stops CUDA's profiler and sets
     NVTX ranges, ours and Megatron's, for `nsys profile --capture-range=cudaProfilerApi`."""
     shapes: bool = False
-    """torch: shapes of operators' inputs."""
+    """torch: keep the shapes of operators' inputs."""
     stacks: bool = False
-    """torch: Python stacks; traces get large."""
+    """torch: keep Python stacks; traces get large."""
     memory: bool = False
-    """torch: allocations."""
+    """torch: keep allocations of memory."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

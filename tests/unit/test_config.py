@@ -8,7 +8,8 @@ import yaml
 from pydantic import BaseModel
 
 from megatron_vespo.config import Config
-from megatron_vespo.config_file import describe_config, dump_config, load_config, parse_config
+from megatron_vespo.config.describe import describe_config
+from megatron_vespo.config_file import dump_config, load_config, parse_config
 from megatron_vespo.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -8,5 +8,9 @@ def of_ids(sample: Sample) -> float:
     return float(sample.response_ids.sum() % 7)
 
 
+def of_length(sample: Sample) -> float:
+    return float(len(sample.response_ids))
+
+
 def failing(sample: Sample) -> float:
     raise ZeroDivisionError("no partial credit")

@@ -122,8 +122,56 @@ def test_bad_input_is_one_clear_error(
     sglang_server.check_alive()  # a server that is not the run's own is left alone
 
 
-def test_generation_runs_ahead_within_the_staleness_bound(sglang_server: SGLangServer, tmp_path: Path) -> None:
-    path = write_config(tmp_path, make_tree(sglang_server, tmp_path))
-    assert run_main_on_ranks(2, path, ["rollout.max_staleness=1", "training.steps=5"]) == [0, 0]
-    staleness = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl").series("rollout/staleness_max")[1]
+WEIGHTS = {"ids": 1.0, "short": -0.5, "overlong": 2.0}
+TERMS = [
+    {"function": f"{REWARDS}:of_ids", "name": "ids", "sources": ["numbers", "held"]},
+    {"function": f"{REWARDS}:of_length", "name": "short", "sources": ["talk"]},
+    {"function": "overlong", "params": {"max_tokens": 24, "buffer_tokens": 16}},
+]
+
+
+@pytest.fixture(scope="module")
+def asynchronous_run(sglang_server: SGLangServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that generates ahead, with prompts of two sources and a reward of several terms."""
+    folder = tmp_path_factory.mktemp("asynchronous")
+    prompts = str(folder / "prompts.jsonl")
+    tree = make_tree(
+        sglang_server,
+        folder,
+        data={"train": {"numbers": prompts, "talk": prompts}, "evaluation": {"held": prompts}},
+        rollout={"max_staleness": 1},
+        training={"steps": 5},
+        logging={"rollout_groups": 4},
+    )
+    tree["reward"] = {"terms": [{**term, "weight": WEIGHTS[term.get("name", "overlong")]} for term in TERMS]}
+    assert run_main_on_ranks(2, write_config(folder, tree), []) == [0, 0]
+    return folder / "runs" / "run"
+
+
+def test_generation_runs_ahead_within_the_staleness_bound(asynchronous_run: Path) -> None:
+    staleness = read_metrics(asynchronous_run / "metrics.jsonl").series("rollout/staleness_max")[1]
     assert max(staleness) == (1 + 1) * 2 - 1  # (S + 1) * N - 1, and it is reached
+
+
+def test_the_reward_is_a_sum_of_terms_chosen_by_source(asynchronous_run: Path) -> None:
+    values = read_metrics(asynchronous_run / "metrics.jsonl").values
+    assert values[0]["eval/held/reward_failed_share"] == 0  # its name is among the sources of a term
+    overlong = []
+    for step in range(1, 6):
+        lines = (asynchronous_run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        for sample in samples:
+            terms = sample["reward_terms"]
+            assert list(terms) == [{"numbers": "ids", "talk": "short"}[sample["data_source"]], "overlong"]
+            assert terms.get("short", sample["length"]) == sample["length"]
+            assert terms["overlong"] == pytest.approx(-max(0, sample["length"] - 8) / 16)
+            assert sample["reward"] == pytest.approx(sum(WEIGHTS[name] * value for name, value in terms.items()))
+            overlong.append(terms["overlong"])
+        for name in WEIGHTS:
+            of_term = [sample["reward_terms"][name] for sample in samples if name in sample["reward_terms"]]
+            assert values[step][f"reward/{name}"] == pytest.approx(np.mean(of_term))
+        for source in {sample["data_source"] for sample in samples}:
+            of_source = [sample["reward"] for sample in samples if sample["data_source"] == source]
+            assert values[step][f"reward/source/{source}"] == pytest.approx(np.mean(of_source))
+        assert len(samples) == 16 and any(sample["advantage"] for sample in samples)
+    assert len(set(overlong)) > 2

@@ -1,9 +1,12 @@
+import asyncio
 import time
 
 import pytest
 
-from megatron_vespo.rewards.failures import RewardFailure
+from megatron_vespo.rewards.failures import RewardCounts, RewardFailure
 from megatron_vespo.rewards.mathematics import math_answer
+from megatron_vespo.rewards.pool import RewardPool
+from megatron_vespo.rewards.protocol import Term
 from tests.unit.rewards.scored import make
 
 
@@ -69,3 +72,20 @@ def test_an_answer_that_takes_too_long_is_a_failure_and_leaves_no_alarm() -> Non
     assert time.monotonic() - begin < 10
     time.sleep(1.2)
     assert math_answer(make(r"\boxed{8.0}", "8")) == 1.0
+
+
+def test_an_answer_that_no_signal_stops_in_time_is_killed_and_the_next_is_scored() -> None:
+    pool = RewardPool([Term("", "math", params={"seconds": 1000})], workers=1, timeout=2.0)
+    pool.start()
+
+    async def both() -> list[float | BaseException]:
+        samples = make(r"\boxed{(10^8)!}", "8"), make(r"\boxed{8}", "8")
+        return await asyncio.gather(*map(pool.score, samples), return_exceptions=True)
+
+    try:
+        hanging, right = asyncio.run(both())
+    finally:
+        pool.close()
+    assert isinstance(hanging, RewardFailure) and "took longer than reward.timeout=2 s" in str(hanging)
+    assert right == 1.0
+    assert pool.take_counts() == RewardCounts(scored=1, timed_out=1, restarts=1)

@@ -149,11 +149,11 @@ def test_each_term_has_a_metric() -> None:
 
 
 def test_of_many_math_answers_of_which_some_hang_none_is_lost(start: Start) -> None:
-    hanging = r"\boxed{\sum_{k=1}^{10^{9}} \frac{\sin(k!)}{k}}"
-    samples = [make(hanging if index % 20 == 7 else rf"\boxed{{{index}.0}}", str(index)) for index in range(60)]
+    hanging = {7: r"\boxed{(10^8)!}", 27: r"\boxed{\sum_{k=1}^{10^{9}} \frac{\sin(k!)}{k}}", 47: r"\boxed{9^{9^{9}}}"}
+    samples = [make(hanging.get(index, rf"\boxed{{{index}.0}}"), str(index)) for index in range(60)]
     pool = start({"function": "math", "params": {"seconds": 1}}, workers=2)
     outcomes = score(pool, *samples)
     for index, outcome in enumerate(outcomes):
-        assert isinstance(outcome, RewardFailure) if index % 20 == 7 else outcome == 1.0
+        assert isinstance(outcome, RewardFailure) if index in hanging else outcome == 1.0
     counts = pool.take_counts()
     assert counts.scored == 57 and counts.failed + counts.timed_out == 3

@@ -26,7 +26,7 @@ def _texts() -> Iterator[str]:
 
 @cache
 def texts() -> tuple[str, ...]:
-    """Every text in the package, docstrings apart, and in the shell scripts of ``tools/``; what is filled in is an ellipsis."""
+    """Texts of the package, docstrings apart, and shell scripts of ``tools/``; what is filled in is an ellipsis."""
     return tuple(_texts())
 
 

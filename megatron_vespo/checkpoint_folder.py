@@ -47,6 +47,21 @@ def write_tracker(folder: Path, iteration: int | None) -> None:
     atomic_write(folder / TRACKER, RELEASE if iteration is None else str(iteration))
 
 
+def tracked(folder: Path) -> Path:
+    """The checkpoint in ``folder`` that the tracker names.
+
+    Raises:
+        UserError: There is no tracker, or it names none.
+    """
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        raise UserError(f"{folder}: not a Megatron checkpoint: neither {TRACKER} nor metadata.json is there")
+    text = tracker.read_text(encoding="utf-8").strip()
+    if text != RELEASE and not text.isdigit():
+        raise UserError(f"{tracker}: says {text!r}; a number of an iteration or {RELEASE!r} would be right")
+    return folder / iteration_name(None if text == RELEASE else int(text))
+
+
 def list_checkpoints(folder: Path) -> list[int]:
     """Iterations of the complete checkpoints in a folder, ascending; none where there is no such folder."""
     names = [_ITERATION.fullmatch(manifest.parent.name) for manifest in folder.glob(f"iter_*/{MANIFEST}")]

@@ -1,7 +1,8 @@
-"""Evaluate one model: ``python -m megatron_vespo.evaluate CONFIG [--model HF | --checkpoint FOLDER] [--url URL]``.
+"""Evaluate one model: ``python -m megatron_vespo.evaluate RUN|CONFIG [--model HF | --checkpoint FOLDER] [--url URL]``.
 
 Samples and scores the sets of ``data.evaluation`` as the configuration of a run says, without a trainer; with servers
-of its own, or a running one with the weights that it has. docs/evaluation.md
+of its own, or a running one with the weights that it has. RUN, a run's folder, stands for its configuration and the
+model that it trained. docs/evaluation.md
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_vespo import connect
+from megatron_vespo.checkpoint_folder import TRACKER, tracked
 from megatron_vespo.checks import check_servers
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
@@ -46,7 +48,9 @@ def make_evaluate_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = make_parser("python -m megatron_vespo.evaluate", __doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="FOLDER", help="Hugging Face folder; default: model.hf_path")
+    source.add_argument(
+        "--model", metavar="FOLDER", help="Hugging Face folder; default: hf/latest of RUN, model.hf_path of CONFIG"
+    )
     source.add_argument(
         "--checkpoint",
         metavar="FOLDER",
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     stop.install()
     try:
+        _look_into_folders(options)
         with ExitStack() as stack:
             stack.callback(stop.uninstall)
             results = _evaluate(options, stack, stop)
@@ -125,6 +130,18 @@ def _evaluate(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) 
         Console().print(console_table([row for row in read_results(output) if row["label"] == label]))
         _say(f"results: {output / f'{label}.json'}; all evaluations: {output / 'results.md'}")
     return results
+
+
+def _look_into_folders(options: argparse.Namespace) -> None:
+    """Put a run's folder's configuration and model, and the newest of a folder of checkpoints, in their places."""
+    run = Path(options.config)
+    if run.is_dir():
+        options.config = str(run / CONFIG_FILE)
+        options.output = options.output or str(run / "evaluation")
+        if options.model is None and options.checkpoint is None and options.url is None:
+            options.overrides.insert(0, f"model.hf_path={json.dumps(str(run / 'hf' / 'latest'))}")
+    if options.checkpoint is not None and (Path(options.checkpoint) / TRACKER).is_file():
+        options.checkpoint = str(tracked(Path(options.checkpoint)))
 
 
 def _load(options: argparse.Namespace) -> Config:

@@ -33,15 +33,19 @@ def describe(run: Path) -> Iterator[str]:
         start, k = before["sets"][name], str(result["samples_per_prompt"])
         yield f"  {name:6} avg@{k}   {_interval(start['average'])} before, {_interval(result['average'])} after"
         yield f"  {name:6} pass@{k}  {_interval(start['passes'][k])} before, {_interval(result['passes'][k])} after"
-    yield "Answers that became right:"
-    for name in after["sets"]:
-        was, now = (_first_answers(folder / name / f"{record['label']}.jsonl") for record in (before, after))
-        became_right = [index for index in now if now[index]["reward"] == 1 and was[index]["reward"] != 1]
-        for index in became_right[:WORDS]:
-            yield f"  {now[index]['prompt']}  {_response(was[index])} before, {_response(now[index])} after"
+    became_right = [line for name in after["sets"] for line in _became_right(folder / name, before, after)]
+    if became_right:
+        yield "Answers that became right:"
+        yield from became_right
     yield "Where to look:"
     for place, what in PLACES:
         yield f"  {run / place}: {what}"
+
+
+def _became_right(folder: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    was, now = (_first_answers(folder / f"{record['label']}.jsonl") for record in (before, after))
+    chosen = [index for index in now if now[index]["reward"] == 1 and was[index]["reward"] != 1][:WORDS]
+    return [f"  {now[k]['prompt']}  {_response(was[k])} before, {_response(now[k])} after" for k in chosen]
 
 
 def _interval(estimate: Mapping[str, float]) -> str:

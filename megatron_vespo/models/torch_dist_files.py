@@ -28,14 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_vespo.checkpoint_folder import (
-    RELEASE,
-    TRACKER,
-    ChecksummedWriter,
-    FileRecord,
-    Writable,
-    iteration_name,
-)
+from megatron_vespo.checkpoint_folder import TRACKER, ChecksummedWriter, FileRecord, Writable, tracked
 from megatron_vespo.errors import UserError
 from megatron_vespo.files import naming
 from megatron_vespo.models.archive import Archives
@@ -53,16 +46,10 @@ def iteration_folder(folder: Path) -> Path:
     """
     if maybe_load_config(str(folder)) is not None:
         return folder
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        raise UserError(f"{folder}: not a Megatron checkpoint: neither {TRACKER} nor metadata.json is there")
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != RELEASE and not text.isdigit():
-        raise UserError(f"{tracker}: says {text!r}; a number of an iteration or {RELEASE!r} would be right")
-    chosen = folder / iteration_name(None if text == RELEASE else int(text))
+    chosen = tracked(folder)
     config = maybe_load_config(str(chosen))
     if config is None or config.sharded_backend != "torch_dist":
-        raise UserError(f"{chosen}: not a torch_dist checkpoint, though {tracker} names it")
+        raise UserError(f"{chosen}: not a torch_dist checkpoint, though {folder / TRACKER} names it")
     return chosen
 
 

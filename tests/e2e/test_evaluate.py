@@ -49,11 +49,8 @@ def test_during_training_then_of_its_checkpoint(
 
     # The server of the session has the weights of the last step; so has the checkpoint, on a server of its own.
     assert main([str(config), "--url", sglang_server.url]) == 0
-    checkpoint = run / "checkpoints" / "iter_0000002"
-    assert (
-        main([str(config), "--checkpoint", str(checkpoint), "rollout.server.url=null", "sglang.max_total_tokens=4096"])
-        == 0
-    )
+    checkpoint = ["--checkpoint", str(run / "checkpoints")]  # the newest in it
+    assert main([str(run), *checkpoint, "rollout.server.url=null", "sglang.max_total_tokens=4096"]) == 0
     assert "checkpoint_iter_0000002" in capfd.readouterr().out
     assert [record["label"] for record in read_results(folder)][3:] == ["checkpoint_iter_0000002", "server"]
     greedy = [
@@ -78,3 +75,5 @@ def test_what_cannot_be_evaluated(
     ):
         assert main([str(config), *arguments]) == 1
         assert message in capfd.readouterr().err
+    assert main([str(tmp_path)]) == 1  # a run's folder without a trained model
+    assert f"{tmp_path / 'hf' / 'latest' / 'config.json'} not found" in capfd.readouterr().err

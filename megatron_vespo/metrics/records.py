@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_vespo.errors import UserError
 
@@ -59,11 +61,8 @@ def read_metrics(path: str | os.PathLike[str]) -> Records:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        record = parse_line(line)
+        if record is None:
             unreadable += 1
             continue
         step = record.pop("step")
@@ -76,10 +75,26 @@ def read_metrics(path: str | os.PathLike[str]) -> Records:
     return Records(order, [rows[step] for step in order], [times[step] for step in order], unreadable)
 
 
+def parse_line(line: str) -> dict[str, Any] | None:
+    """The JSON object of a line that has a step; None of any other line. What JSON has no number for (NaN) is None."""
+    try:
+        record = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):  # also of a number of thousands of digits
+        return None
+    return (
+        record if isinstance(record, dict) and type(record.get("step")) is int and is_finite(record["step"]) else None
+    )
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold, of whatever size it was written."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def mean(values: Sequence[float]) -> float | None:
     """Arithmetic mean; None of nothing."""
     return math.fsum(values) / len(values) if values else None
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, int | float) and is_finite(value) else math.nan

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vespo.metrics.records import Records
+from megatron_vespo.metrics.records import Records, mean
 from megatron_vespo.metrics.registry import PHASES, metric
 
 # Points of a curve on the page. Longer ones keep the lowest and the highest value of each stretch of steps.
@@ -14,18 +16,26 @@ MAX_POINTS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart: the section it is in, its title, and the metrics drawn in it by the name of their
-    line; a text where the first metric's description does not do.
+    """One chart.
+
+    Attributes:
+        section: Where it is.
+        title: Its head.
+        lines: The metrics drawn in it by the name of their line.
+        text: What it shows; empty: the first metric's description.
+        bands: Lower and upper edge of what is shaded around a line, by its name.
     """
 
     section: str
     title: str
-    lines: dict[str, str]
+    lines: Mapping[str, str]
     text: str = ""
+    bands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-_LEARNING, _HEALTH, _STALENESS, _TIME = "Learning", "Off-policy health", "Staleness", "Time and throughput"
-SECTIONS = (_LEARNING, _HEALTH, _STALENESS, _TIME)
+_EVALUATION, _LEARNING, _HEALTH = "Held-out evaluation", "Learning", "Off-policy health"
+_STALENESS, _TIME = "Staleness", "Time and throughput"
+SECTIONS = (_EVALUATION, _LEARNING, _HEALTH, _STALENESS, _TIME)
 
 
 def _by_sign(name: str) -> dict[str, str]:
@@ -46,8 +56,9 @@ _PLAIN = (
     Chart(
         _HEALTH,
         "log W",
-        {q: f"health/log_w_{p}" for q, p in (("5 %", "p05"), ("median", "p50"), ("95 %", "p95"))},
-        "How much likelier a response has become since it was sampled: quantiles over the samples; 0 is on-policy.",
+        {"": "health/log_w_p50"},
+        "How much likelier a response has become since it was sampled; shaded: 5 to 95 % of samples. 0: on-policy.",
+        {"": ("health/log_w_p05", "health/log_w_p95")},
     ),
     Chart(_HEALTH, "Mean |log W|", {"": "vespo/log_w_abs_mean"}),
     Chart(_HEALTH, "KL of fresh tokens", {"": "health/kl_fresh"}),
@@ -80,17 +91,15 @@ _PLAIN = (
 
 
 def charts_of(runs: list[Records]) -> list[dict[str, Any]]:
-    """The charts that any of the runs has data for: lines name the run by its place and hold steps and values."""
-    names = sorted({name for run in runs for name in run.eval_sets()})
-    held_out = tuple(Chart(_LEARNING, f"Held-out accuracy: {name}", {"": f"eval/{name}/accuracy"}) for name in names)
+    """The charts that any of the runs has data for: lines name the run by its place and hold their points."""
     found = []
-    for chart in held_out + _PLAIN:
+    for chart in (*_held_out(runs), *_PLAIN):
         lines = []
         for place, records in enumerate(runs):
             for label, name in chart.lines.items():
-                steps, values = records.series(name)
-                if steps:
-                    lines.append({"run": place, "label": label, "points": thin_out(steps, values)})
+                curve = _curve(records, name, chart.bands.get(label))
+                if curve:
+                    lines.append({"run": place, "label": label, **curve})
         if lines:
             row = metric(next(iter(chart.lines.values())))
             text = chart.text or row.description
@@ -99,13 +108,66 @@ def charts_of(runs: list[Records]) -> list[dict[str, Any]]:
     return found
 
 
-def thin_out(steps: list[int], values: list[float], limit: int = MAX_POINTS) -> tuple[list[int], list[float]]:
-    """At most ``limit`` points: of each equal stretch the lowest and the highest value, so that no spike is lost."""
-    if len(steps) <= limit:
-        return steps, values
-    stretches, kept = limit // 2, set[int]()
-    for i in range(stretches):
-        stretch = range(i * len(steps) // stretches, (i + 1) * len(steps) // stretches)
-        kept |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
-    order = sorted(kept)
-    return [steps[i] for i in order], [values[i] for i in order]
+def _held_out(runs: list[Records]) -> list[Chart]:
+    """avg@k and pass@k of each set."""
+    charts = []
+    for name in sorted({name for run in runs for name in run.eval_sets()}):
+        pattern = re.compile(rf"eval/{re.escape(name)}/pass_at_(\d+)")
+        names = {name for run in runs for row in run.values for name in row}
+        ks = sorted((int(match[1]) for match in map(pattern.fullmatch, names) if match), reverse=True)
+        average = {"": f"eval/{name}/accuracy"}
+        passes = {f"pass@{k}": f"eval/{name}/pass_at_{k}" for k in ks if k > 1}
+        text = "Mean reward over problems and responses, and its interval."
+        charts.append(Chart(_EVALUATION, f"{name}: avg@k", average, text, _intervals(average)))
+        text = "Probability that one of k responses at least is correct, and its interval."
+        charts.append(Chart(_EVALUATION, f"{name}: pass@k", passes, text, _intervals(passes)))
+    return [chart for chart in charts if chart.lines]
+
+
+def _intervals(lines: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    return {label: (f"{name}_low", f"{name}_high") for label, name in lines.items()}
+
+
+def _curve(records: Records, name: str, band: tuple[str, str] | None) -> dict[str, Any]:
+    """Points of a metric: lists of steps, values and, with a band, its edges; nothing where it was not measured.
+
+    Of a curve that was thinned out there are ``means`` too, for who wants it smooth.
+    """
+    steps, values = records.series(name)
+    if not steps:
+        return {}
+    columns: list[list[float]] = [values]
+    if band:
+        edges = [dict(zip(*records.series(edge), strict=True)) for edge in band]
+        columns += [[edge.get(step, value) for step, value in zip(steps, values, strict=True)] for edge in edges]
+    kept = thin_out(columns, MAX_POINTS)
+    curve = {"points": [[steps[i] for i in kept], *([_short(column[i]) for i in kept] for column in columns)]}
+    if len(kept) < len(steps):
+        pieces = _stretches(len(steps), MAX_POINTS // 2)
+        means = [_short(mean([values[i] for i in piece]) or 0.0) for piece in pieces]
+        curve["means"] = [[steps[piece[-1]] for piece in pieces], means]
+    return curve
+
+
+def thin_out(columns: list[list[float]], limit: int) -> list[int]:
+    """Places of ``limit`` points at most: the lowest and the highest value of each column in each of equal stretches.
+
+    So no spike is lost.
+    """
+    length = len(columns[0])
+    if length <= limit:
+        return list(range(length))
+    kept = set[int]()
+    for piece in _stretches(length, limit // (2 * len(columns))):
+        for column in columns:
+            kept |= {min(piece, key=column.__getitem__), max(piece, key=column.__getitem__)}
+    return sorted(kept)
+
+
+def _stretches(length: int, number: int) -> list[range]:
+    return [range(i * length // number, (i + 1) * length // number) for i in range(number)]
+
+
+def _short(value: float) -> float:
+    """Six digits: more than a screen shows."""
+    return float(f"{value:.6g}")

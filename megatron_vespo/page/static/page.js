@@ -1,177 +1,75 @@
-"use strict";
-// Everything from a run is put on the page as text, never as HTML.
-let data = JSON.parse(document.getElementById("data").textContent);
-const COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8a8a8a"];
-const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
-const PAGE = 20;
-const FIELDS = ["reward", "length", "log_w", "phi"];
-const root = document.documentElement, byId = (id) => document.getElementById(id), form = byId("filters");
-const color = (i) => COLORS[i % COLORS.length];
-let charts = [], shown = PAGE;
-
-function make(tag, text, className) {
-  const element = document.createElement(tag);
-  if (text !== undefined) element.textContent = text;
-  if (className) element.className = className;
-  return element;
-}
-const number = (value, digits = 4) => value === null || value === undefined ? "-"
-  : value !== 0 && Math.abs(value) < 1e-3 ? Number(value).toExponential(1) : Number(value).toLocaleString("en", { maximumSignificantDigits: digits });
-function dotted(run) {
-  const title = make("h3"), dot = make("span", "", "dot");
-  dot.style.background = color(run);
-  title.append(dot, data.runs[run].name);
-  return title;
-}
-function table(heading, rows, empty) {
-  if (!rows.length) return make("p", empty, "empty");
-  const result = make("table");
-  for (const [tag, row] of [["th", heading], ...rows.map((row) => ["td", row])]) {
-    const line = result.insertRow();
-    for (const cell of row) line.append(make(tag, cell));
-  }
-  return result;
-}
-
+// The rest of the page: runs, evaluation, findings, settings; theme; and asking for news.
 function showRuns() {
   byId("written").textContent = `${data.runs.length} run${data.runs.length > 1 ? "s" : ""}, written ${data.written}`;
   byId("run-cards").replaceChildren(...data.runs.map((run, i) => {
-    const card = make("div", undefined, "card");
-    card.append(dotted(i), make("p", run.folder, "hint"), make("p", `${run.done} of ${run.total ?? "?"} steps done`));
-    card.append(...run.notes.map((note) => make("p", note, "note")));
+    const card = make("div", undefined, "card"), facts = make("dl");
+    for (const [name, value] of Object.entries(run.facts)) {
+      facts.append(make("dt", name), make("dd", typeof value === "number" ? number(value) : value));
+    }
+    card.append(dotted(i), make("p", run.folder, "hint"), make("p", `${number(run.done, 9)} of ${run.total === null ? "?" : number(run.total, 9)} steps done`));
+    if (run.total) {
+      const bar = make("div", undefined, "split"), part = make("i");
+      part.style.width = `${Math.min(100, 100 * run.done / run.total)}%`;
+      part.style.background = color(i);
+      bar.append(part);
+      card.append(bar);
+    }
+    card.append(facts, ...run.notes.map((note) => make("p", note, "note")));
     return card;
   }));
-  const at = ([step, value]) => `${number(value)} (step ${step})`;
-  byId("evaluation-table").replaceChildren(table(["run", "set", "first accuracy", "last", "best"],
-    data.evaluation.map((row) => [data.runs[row.run].name, row.set, at(row.first), at(row.last), at(row.best)]), "Nothing has been evaluated yet."));
-  byId("settings-table").replaceChildren(table(["setting", ...data.runs.map((run) => run.name)],
-    data.settings.map((row) => [row.key, ...row.values.map((value) => value ?? "-")]),
-    data.runs.length > 1 ? "All settings are the same." : "One run alone: name two or more to compare their settings."));
-  const found = data.runs.flatMap((run) => run.findings.map((finding) => [run.name, finding.step, finding.text]));
-  const list = byId("finding-list");
-  list.className = "wide";
-  list.replaceChildren(table(["run", "step", "finding"], found, "No warnings."));
+  const settings = table(["setting", ...data.runs.map((_, i) => dotted(i))],
+    data.settings.map((row) => [make("code", row.key), ...row.values.map((value) => value ?? "-")]),
+    data.runs.length > 1 ? "All settings are the same." : "One run alone: name two or more to compare their settings.");
+  settings.classList.add("tall");
+  byId("settings-table").replaceChildren(settings);
+  const found = data.runs.flatMap((run, i) => run.findings.map((finding) => [dotted(i), number(finding.step, 9), finding.text]));
+  const list = table(["run", "step", "finding"], found.reverse(), "No warnings.");
+  list.classList.add("tall");
+  byId("finding-list").replaceChildren(list);
 }
 
-function timeSplit() {
-  const cards = data.time_split.map((split, i) => {
-    const card = make("div", undefined, "card"), bar = make("div", undefined, "split"), facts = make("div", undefined, "facts");
-    Object.entries(split).forEach(([name, share], k) => {
-      const part = make("i"), fact = make("span"), dot = make("span", "", "dot");
-      part.style.width = `${100 * share}%`;
-      part.style.background = dot.style.background = color(k);
-      fact.append(dot, `${name} ${number(100 * share, 2)} %`);
-      bar.append(part);
-      facts.append(fact);
+function evaluationTable() {
+  const { steps, others, methods } = data.evaluation, box = make("div", undefined, "results");
+  const value = (result) => {
+    const cell = make("span", result.value.toFixed(3), "value");
+    cell.append(make("small", ` [${result.low.toFixed(3)}, ${result.high.toFixed(3)}]`), make("small", result.step === null ? result.label : `step ${number(result.step, 9)}`, "when"));
+    return cell;
+  };
+  // Values with their intervals on a common scale from 0 to 1: before in grey, after in the run's colour.
+  const picture = (run, ...results) => {
+    const track = make("span", undefined, "track");
+    results.forEach((result, k) => {
+      const hue = k === results.length - 1 ? color(run) : "var(--soft)", span = make("i"), dot = make("b");
+      const at = (x) => `${100 * Math.max(0, Math.min(1, x))}%`;
+      span.style.cssText = `left: ${at(result.low)}; width: ${at(result.high - result.low)}; background: ${hue}`;
+      dot.style.cssText = `left: ${at(result.value)}; background: ${hue}`;
+      track.append(span, dot);
     });
-    card.append(dotted(i), make("p", "Share of the time of all steps; the rest is grey", "hint"), bar, facts);
-    return card;
-  });
-  const box = make("div", undefined, "cards");
-  box.append(...cards);
+    return track;
+  };
+  const set = (row) => {
+    const cell = make("span", row.set);
+    cell.append(make("small", `${number(row.problems, 9)} problems`, "when"));
+    return cell;
+  };
+  const rows = steps.map((row) => [set(row), row.measure, dotted(row.run), value(row.first), value(row.last),
+    make("b", `${row.last.value < row.first.value ? "" : "+"}${(row.last.value - row.first.value).toFixed(3)}`),
+    picture(row.run, row.first, row.last), value(row.best)]);
+  box.append(table(["set", "measure", "run", "before", "after", "change", "0 to 1", "best"], rows, others.length ? "None during training." : "Nothing has been evaluated yet."));
+  if (others.length) {
+    box.append(make("h3", "Models evaluated by themselves"), table(["set", "measure", "run", "value", "0 to 1"],
+      others.map((row) => [set(row), row.measure, dotted(row.run), value(row.only), picture(row.run, row.only)])));
+  }
+  if (methods.length) box.append(make("p", `In brackets: ${methods.join("; ")}. Answers are in the runs' evaluation/ folders.`, "hint"));
   return box;
 }
 
-function draw(chart, place) {
-  const style = getComputedStyle(root), soft = style.getPropertyValue("--soft"), line = style.getPropertyValue("--line");
-  const labels = [...new Set(chart.lines.map((item) => item.label))], several = data.runs.length > 1;
-  const series = chart.lines.map((item) => {
-    const k = labels.indexOf(item.label);
-    const name = several ? data.runs[item.run].name + (item.label ? `: ${item.label}` : "") : item.label || chart.title;
-    return { label: name, stroke: color(several ? item.run : k), dash: several ? DASHES[k % DASHES.length] : [], width: 1.75, spanGaps: true,
-      points: { show: item.points[0].length < 30, size: 5 }, value: (_, value) => number(value) };
-  });
-  const axis = { stroke: soft, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
-  const options = { width: place.clientWidth, height: 210, series: [{ label: "step" }, ...series], scales: { x: { time: false } },
-    axes: [{ ...axis, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5, 1e6] },
-      { ...axis, size: 64, values: (_, ticks) => ticks.map((value) => number(value)) }] };
-  charts.push(new uPlot(options, uPlot.join(chart.lines.map((item) => item.points)), place));
-}
-
-function showCharts() {
-  const top = scrollY;
-  for (const chart of charts) chart.destroy();
-  charts = [];
-  const places = [];
-  byId("chart-sections").replaceChildren(...data.sections.map((name) => {
-    const section = make("section"), box = make("div", undefined, "charts");
-    section.id = name.toLowerCase().replaceAll(" ", "-");
-    section.append(make("h2", name));
-    if (name === "Time and throughput") section.append(timeSplit(), make("p"));
-    for (const chart of data.charts.filter((item) => item.section === name)) {
-      const card = make("div", undefined, "card"), title = make("h3", chart.title), place = make("div", undefined, "plot");
-      if (chart.unit) title.append(" ", make("span", `(${chart.unit})`, "unit"));
-      card.append(title, make("p", chart.text, "hint"), place);
-      box.append(card);
-      places.push([chart, place]);
-    }
-    section.append(box.children.length ? box : make("p", "Nothing has been measured yet.", "empty"));
-    return section;
-  }));
-  for (const [chart, place] of places) draw(chart, place);
+function showLinks() {
   byId("nav").replaceChildren(...[...document.querySelectorAll("main section")].map((section) => {
-    const link = make("a", section.querySelector("h2").textContent);
+    const link = make("a", section.querySelector("h2").textContent.replace(" of the health panel", "").replace(" that differ", ""));
     link.href = `#${section.id}`;
     return link;
   }));
-  scrollTo(0, top);
-}
-
-function fillChoice(select, entries, fallback) {
-  const before = select.options.length ? select.value : fallback;
-  select.replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
-  select.value = entries.some(([value]) => value === before) ? before : fallback;
-}
-function fillFilters() {
-  fillChoice(form.elements.run, [["", "all"], ...data.runs.map((run, i) => [String(i), run.name])], "");
-  const steps = [...new Set(data.samples.map((sample) => sample.step))].sort((a, b) => a - b);
-  fillChoice(form.elements.step, [["", "all"], ...steps.map((step) => [String(step), String(step)])], "");
-  byId("sample-hint").textContent = `${data.samples.length} samples on this page; ${data.left_out} more are in the runs' rollouts/ folders and were left out.`;
-}
-function selected() {
-  const run = form.elements.run.value, step = form.elements.step.value;
-  const ranges = FIELDS.map((field) => [field, ...["min", "max"].map((end) => form.elements[`${field}_${end}`].value)]);
-  return data.samples.filter((sample) => (run === "" || sample.run === Number(run)) && (step === "" || sample.step === Number(step)) &&
-    ranges.every(([field, low, high]) => (low === "" && high === "") || (typeof sample[field] === "number" &&
-      (low === "" || sample[field] >= Number(low)) && (high === "" || sample[field] <= Number(high)))));
-}
-function response(sample) {
-  const { text, log_mu, log_pi, version } = sample.tokens, box = make("pre", undefined, "tokens");
-  if (!text.length) {
-    box.textContent = sample.response || "(empty response)";
-    return box;
-  }
-  text.forEach((word, i) => {
-    const token = make("span", word), known = typeof log_pi[i] === "number" && typeof log_mu[i] === "number";
-    const difference = known ? log_pi[i] - log_mu[i] : 0;
-    token.style.background = `rgba(${difference < 0 ? "213, 94, 0" : "0, 114, 178"}, ${0.75 * Math.min(1, Math.abs(difference))})`;
-    token.tabIndex = -1;
-    token.onmouseenter = token.onclick = () => {
-      byId("token").textContent = `${JSON.stringify(word)}: log mu ${number(log_mu[i])}, log pi ${number(log_pi[i])}` +
-        `${known ? `, difference ${number(difference)}` : ""} nats, weight version ${version[i]}` +
-        `${sample.policy_version === null ? "" : `, ${sample.policy_version - version[i]} updates old`}`;
-    };
-    box.append(token);
-  });
-  return box;
-}
-function showSamples() {
-  const found = selected();
-  byId("count").textContent = `${found.length} of ${data.samples.length} samples` + (found.length > shown ? `, the first ${shown} are shown` : "");
-  byId("sample-list").replaceChildren(...found.slice(0, shown).map((sample) => {
-    const card = make("article", undefined, "card"), facts = make("div", undefined, "facts");
-    const parts = { step: sample.step, reward: number(sample.reward), advantage: number(sample.advantage), "log W": number(sample.log_w),
-      phi: number(sample.phi), tokens: sample.length, end: sample.finish_reason, expected: sample.label };
-    facts.append(...Object.entries(parts).map(([name, value]) => make("span", `${name} ${value ?? "-"}`)));
-    const title = dotted(sample.run);
-    title.append(`, sample ${sample.sample}`);
-    card.append(title, facts, make("pre", sample.prompt, "prompt"), response(sample));
-    if (sample.reward_error) card.append(make("p", sample.reward_error, "note"));
-    if (sample.cut) card.append(make("p", "Cut for this page; the whole text is in rollouts/.", "hint"));
-    return card;
-  }));
-  if (!found.length) byId("sample-list").append(make("p", data.samples.length ? "No sample fits these filters." : "No samples were kept.", "empty"));
-  byId("more").hidden = found.length <= shown;
 }
 
 async function refresh() {
@@ -194,21 +92,12 @@ const system = matchMedia("(prefers-color-scheme: dark)");
 function setTheme(name) { root.dataset.theme = name; showCharts(); }
 byId("theme").onclick = () => setTheme(root.dataset.theme === "dark" ? "light" : "dark");
 system.onchange = () => setTheme(system.matches ? "dark" : "light");
-for (const box of form.querySelectorAll("fieldset")) {
-  for (const [end, hint] of [["min", "from"], ["max", "to"]]) {
-    const input = make("input");
-    Object.assign(input, { type: "number", step: "any", name: `${box.dataset.field}_${end}`, placeholder: hint, ariaLabel: `${box.dataset.field} ${hint}` });
-    box.append(input, " ");
-  }
-}
-form.oninput = () => { shown = PAGE; showSamples(); };
-form.onreset = () => setTimeout(form.oninput);
-form.onsubmit = (event) => event.preventDefault();
-byId("more").onclick = () => { shown += PAGE; showSamples(); };
+byId("smoothing").onchange = () => { smoothing = Number(byId("smoothing").value); showCharts(); };
 let width = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; showCharts(); } });
 showRuns();
 fillFilters();
 showSamples();
 setTheme(system.matches ? "dark" : "light");
+showLinks();
 if (data.refresh) setTimeout(refresh, 1000 * data.refresh);

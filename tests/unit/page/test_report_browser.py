@@ -1,6 +1,7 @@
 """The page in headless Chromium; skipped where that, its driver or selenium is not installed."""
 
 import io
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,9 +64,61 @@ def test_filters(browser: webdriver.Chrome) -> None:
 def test_tokens_have_the_colour_of_their_difference(browser: webdriver.Chrome) -> None:
     colours = [
         span.value_of_css_property("background-color")
-        for span in browser.find_elements("css selector", ".tokens span")[:2]
+        for span in browser.find_elements("css selector", ".tokens span:not(.inserted)")[:2]
     ]
     assert colours == ["rgba(0, 114, 178, 0.376)", "rgba(0, 114, 178, 0)"]
+
+
+def test_inserted_tokens_are_in_their_place_and_have_no_figures(browser: webdriver.Chrome) -> None:
+    words = browser.find_elements("css selector", "#sample-list article:first-child .tokens span")
+    assert [word.get_attribute("textContent") for word in words] == [HOSTILE, "<", ">", "b"]
+    assert ["inserted" in word.get_attribute("class") for word in words] == [False, True, True, False]
+    said = []
+    for word in words[:2]:
+        browser.execute_script("arguments[0].click()", word)
+        said.append(browser.find_element("id", "token").get_attribute("textContent"))
+    assert "log mu -1, log pi -0.5 nats" in said[0] and "difference 0.5 nats" in said[0]
+    assert "did not sample" in said[1] and "nats" not in said[1]
+
+
+def test_terms_and_source_are_shown_and_filtered(browser: webdriver.Chrome) -> None:
+    facts = browser.find_element("css selector", "#sample-list .facts").text
+    assert "reward format 0.25" in facts and "source b" in facts
+    browser.execute_script("f = document.getElementById('filters'); f.source.value = 'a'; f.oninput()")
+    assert count(browser).startswith("4 of 12")
+    browser.execute_script("f.reset()")
+
+
+def test_the_evaluation_has_intervals(browser: webdriver.Chrome) -> None:
+    rows = [row.text.split() for row in browser.find_elements("css selector", "#held-out-evaluation tr")]
+    assert rows[0] == ["set", "measure", "run", "before", "after", "change", "0", "to", "1", "best"]
+    cells = " ".join(rows[2])
+    for part in ("avg@4 b", "0.250 [0.125, 0.375] step 0", "0.500 [0.375, 0.625] step 3", "+0.250", "0.750 [0.625"):
+        assert part in cells
+
+
+def test_a_run_has_one_colour_and_is_hidden_everywhere_at_once(browser: webdriver.Chrome) -> None:
+    dots = "return [...document.querySelectorAll('.dot')].filter(d => d.parentElement.innerText[0] === arguments[0])"
+    for run in "ab":
+        found = browser.execute_script(dots + ".map(d => getComputedStyle(d).backgroundColor)", run)
+        assert len(found) > 10 and len(set(found)) == 1
+    legend = "#chart-sections .legend button"
+    browser.execute_script(f"document.querySelector('{legend}').click()")
+    pressed = [button.get_attribute("aria-pressed") for button in browser.find_elements("css selector", legend)]
+    assert pressed == ["false", "true"] * (len(pressed) // 2) and len(pressed) > 2
+    browser.execute_script(f"document.querySelector('{legend}').click()")
+
+
+def test_curves_can_be_smoothed(browser: webdriver.Chrome) -> None:
+    select = "s = document.getElementById('smoothing'); s.value = arguments[0]; s.onchange()"
+    value = "return document.querySelector('#learning .legend b').textContent"
+    last = {}
+    for width in ("20", "0"):
+        browser.execute_script(select, width)
+        last[width] = float(browser.execute_script(value))
+    weights = [math.exp(-2 / 20), math.exp(-1 / 20), 1.0]
+    smooth = sum(w * s / 9 for w, s in zip(weights, (1, 2, 3), strict=True)) / sum(weights)
+    assert last == {"20": pytest.approx(smooth, abs=5e-4), "0": pytest.approx(3 / 9, abs=5e-4)}
 
 
 def test_a_screenshot_is_not_blank_and_dark_is_dark(browser: webdriver.Chrome) -> None:

@@ -1,18 +1,21 @@
-"""The page's content and its data's escaping; tests/page looks at it in a browser."""
+"""The page's content and its data's escaping; test_report_browser looks at it in a browser."""
 
+import hashlib
 import json
+import re
 import urllib.error
 import urllib.request
+from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
+from megatron_vespo.metrics.records import Records
 from megatron_vespo.metrics.registry import metric
-from megatron_vespo.page.charts import _PLAIN, MAX_POINTS, thin_out
+from megatron_vespo.page.charts import _PLAIN, MAX_POINTS, charts_of
 from megatron_vespo.page.content import content_of, differences
 from megatron_vespo.page.html import make_html, script_data
-from megatron_vespo.page.run import MAX_SAMPLES
 from megatron_vespo.page.serve import make_server
 from megatron_vespo.report import main
 
@@ -29,31 +32,39 @@ def make_run(folder: Path, steps: int = 3, samples: int = 2) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(1, steps + 1):
         tokens = {"text": [HOSTILE, "b"], "log_mu": [-1.0, -2.0], "log_pi": [-0.5, None], "version": [0, 1]}
-        line = {
-            "step": step,
-            "sample": "0/0",
-            "prompt": HOSTILE,
-            "response": HOSTILE,
-            "reward": step / 10,
-            "tokens": tokens,
-        }
+        texts = {"prompt": HOSTILE, "response": HOSTILE, "data_source": "ab"[step % 2]}
+        line = {"step": step, "sample": "0/0", **texts, "reward": step / 10, "tokens": tokens}
+        line["reward_terms"] = {"format": 0.25}
+        tokens |= {"inserted_text": ["<", ">"], "inserted_before": [1, 1]}
         (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text((json.dumps(line) + "\n") * samples)
+    (folder / "evaluation").mkdir()
+    for step, value in ((0, 0.25), (2, 0.75), (3, 0.5)):
+        estimate = {"value": value, "low": value - 0.125, "high": value + 0.125}
+        result = {"problems": 9, "samples_per_prompt": 4, "average": estimate, "passes": {"1": estimate, "4": estimate}}
+        record = {"label": f"step_{step}", "step": step, "intervals": "by hand", "sets": {"heldout": result}}
+        (folder / "evaluation" / f"step_{step:06d}.json").write_text(json.dumps(record))
     return folder
 
 
 def test_charts_are_of_declared_metrics() -> None:
     for chart in _PLAIN:
-        for name in chart.lines.values():
+        for name in (*chart.lines.values(), *(edge for band in chart.bands.values() for edge in band)):
             metric(name)
 
 
-def test_long_curves_keep_their_spikes() -> None:
-    values = [0.0] * 50_000
-    values[31_234], values[777] = 5.0, -5.0
-    steps, thin = thin_out(list(range(50_000)), values)
+def test_long_curves_keep_their_spikes_and_those_of_their_bands() -> None:
+    names = ("health/log_w_p50", "health/log_w_p05", "health/log_w_p95")
+    rows = [dict(zip(names, (1.0, 0.5, 2.0), strict=True)) for _ in range(50_000)]
+    rows[31_234][names[0]], rows[777][names[1]], rows[40_001][names[2]] = 5.0, -5.0, 9.0
+    [chart] = charts_of([Records(list(range(50_000)), rows, [0.0] * 50_000, 0)])
+    steps, *columns = chart["lines"][0]["points"]
     assert len(steps) <= MAX_POINTS
-    assert (steps[thin.index(5.0)], steps[thin.index(-5.0)]) == (31_234, 777)
     assert steps == sorted(set(steps))
+    spikes = [steps[column.index(value)] for column, value in zip(columns, (5.0, -5.0, 9.0), strict=True)]
+    assert spikes == [31_234, 777, 40_001]
+    steps, means = chart["lines"][0]["means"]
+    assert (len(steps), steps[-1]) == (MAX_POINTS // 2, 49_999)
+    assert [mean for mean in means if mean != 1.0] == [1.04]  # a spike of 4 in a stretch of 100 steps
 
 
 def test_data_cannot_end_its_script_element() -> None:
@@ -69,11 +80,16 @@ def test_the_page_is_whole_and_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "https://" not in page.replace("https://github.com/leeoniya/uPlot", "")
 
 
-def test_samples_are_capped_and_counted(tmp_path: Path) -> None:
-    content = content_of([make_run(tmp_path / "run", steps=3, samples=MAX_SAMPLES)])
-    assert len(content["samples"]) == MAX_SAMPLES
-    assert content["left_out"] == 2 * MAX_SAMPLES
-    assert {sample["step"] for sample in content["samples"]} == {1, 2, 3}
+def test_the_plotting_library_is_what_its_authors_published_and_its_licence_goes_with_it(tmp_path: Path) -> None:
+    static = files("megatron_vespo.page").joinpath("static")
+    origin = static.joinpath("uPlot.ORIGIN").read_text()
+    sums = dict(re.findall(r"^([0-9a-f]{64})  (\S+)$", origin, re.MULTILINE))
+    assert set(sums.values()) == {"uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
+    for digest, name in sums.items():
+        assert hashlib.sha256(static.joinpath(name).read_bytes()).hexdigest() == digest
+    assert "uPlot 1.6.32" in origin and "(v1.6.32)" in static.joinpath("uPlot.iife.min.js").read_text()[:100]
+    licence = static.joinpath("uPlot.LICENSE").read_text()
+    assert "MIT License" in licence and licence in make_html(content_of([make_run(tmp_path / "run")]))
 
 
 def test_differences_of_settings() -> None:

@@ -4,6 +4,6 @@
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 seed=${1:-1}
-"$python" examples/calculator/task.py runs/calculator-data --seed "$seed"
+"$python" -m examples.calculator.task runs/calculator-data --seed "$seed"
 "$python" -m megatron_vespo.launch --ranks 2 examples/calculator/sft.yaml run.seed="$seed"
 "$python" -m megatron_vespo.launch --ranks 2 examples/calculator/rl.yaml run.seed="$seed"

@@ -8,8 +8,8 @@ The policy writes an expression in brackets; at the closing one the calculator a
 its answer. A policy of 0.2 M parameters cannot multiply, but it can learn to copy the question and the result. The
 supervised texts that it starts from copy with mistakes on purpose.
 
-Run as a script it writes prompts (disjoint for supervised training, reinforcement learning and evaluation), and a tiny
-random Qwen3-MoE with its tokenizer.
+``python -m examples.calculator.task`` writes prompts (disjoint for supervised training, reinforcement learning and
+evaluation), and a tiny random Qwen3-MoE with its tokenizer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import json
 import random
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-
+from examples.digits_cpu.task import write_model
 from megatron_vespo.rollout.conversation import Conversation
 from megatron_vespo.types import Prompt, Sample
 
@@ -87,49 +86,6 @@ def write_data(folder: Path, seed: int, *, sft: int = 6000, train: int = 2000, h
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def write_model(folder: Path, **sizes: int) -> None:
-    """Architecture and tokenizer of a Qwen3-MoE, the weights of which come from supervised training."""
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "vocab_size": len(TOKENS),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "moe_intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.05,
-        "bos_token_id": None,
-        "eos_token_id": EOS,
-        "pad_token_id": TOKENS.index("<pad>"),
-        "torch_dtype": "float32",
-        **sizes,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<eos>", "<pad>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    companion = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(companion), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where data and model go")
@@ -138,7 +94,7 @@ def main() -> None:
     model = options.folder / "model"
     model.mkdir(parents=True, exist_ok=True)
     write_data(options.folder, options.seed)
-    write_model(model)
+    write_model(model, TOKENS)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -80,17 +81,18 @@ def write_data(
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def write_model(folder: Path, **sizes: int) -> None:
+def write_model(folder: Path, tokens: Sequence[str] = TOKENS, **sizes: int) -> None:
     """Architecture and tokenizer of a Qwen3-MoE, the weights of which come from supervised training.
 
     Args:
         folder: Must exist.
+        tokens: The vocabulary, words between spaces; ``<eos>`` and ``<pad>`` among them.
         **sizes: Fields of config.json in place of those here, which make 0.2 M parameters.
     """
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "vocab_size": len(TOKENS),
+        "vocab_size": len(tokens),
         "hidden_size": 64,
         "intermediate_size": 128,
         "moe_intermediate_size": 128,
@@ -114,13 +116,13 @@ def write_model(folder: Path, **sizes: int) -> None:
         "tie_word_embeddings": False,
         "initializer_range": 0.05,
         "bos_token_id": None,
-        "eos_token_id": EOS,
-        "pad_token_id": TOKENS.index("<pad>"),
+        "eos_token_id": tokens.index("<eos>"),
+        "pad_token_id": tokens.index("<pad>"),
         "torch_dtype": "float32",
         **sizes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<eos>", "<pad>"])
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from megatron_vespo.config import Config, SourceSection
+from megatron_vespo.data.prompts import read_prompts
 from megatron_vespo.data.rows import is_hub_name
+from megatron_vespo.data.sft import make_supervised
+from megatron_vespo.data.sources import form_of, rows_of
+from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.dotted import check_object
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import check_megatron_options, data_parallel_size
 from megatron_vespo.metrics.conditions import choose_conditions, stop_after
 from megatron_vespo.plan.check import check_plan
 from megatron_vespo.plan.sizes import Facts
+from megatron_vespo.rewards.loader import check_reward
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.placement import Node, check_placement
@@ -45,6 +53,36 @@ def check_config(config: Config, world_size: int, node: Node | None = None) -> N
         _check_replay(config, Path(config.rollout.replay))
     else:
         _check_data(config)
+
+
+def check_inputs(config: Config) -> None:
+    """Look at what a run reads of its user's own, while nothing is lost yet; to be called after :func:`check_config`.
+
+    Functions must be where they are said to be, and the first row of each data file must be one. What other rows, data
+    sets and functions hold is seen when they are read.
+
+    Raises:
+        UserError: The first thing that is wrong, naming the file.
+    """
+    if config.rollout.replay is not None:
+        return
+    tokenizer = load_tokenizer(config.model.hf_path)
+    sources = [*config.data.train_sources.values()]
+    if config.objective != "sft":
+        sources += config.data.evaluation_sources.values()
+        for function in [term.function for term in config.reward.terms] or [config.reward.function]:
+            check_reward(function)
+        if config.rollout.generate is not None:
+            check_object(config.rollout.generate, "rollout.generate")
+    for source in sources:
+        if source.function is not None:
+            check_object(source.function, "data")
+        elif source.path is not None and Path(source.path).is_file():
+            first, form = islice(rows_of(source), 1), form_of(source, config.data)
+            if config.objective == "sft":
+                make_supervised(first, tokenizer, sys.maxsize, form)
+            else:
+                read_prompts(first, tokenizer, sys.maxsize, form)
 
 
 def check_servers(config: Config, node: Node) -> None:

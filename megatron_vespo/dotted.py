@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,10 +34,46 @@ def load_object(spec: str, kind: str) -> Any:
     return found
 
 
-def _load_file(path: Path, kind: str) -> ModuleType:
+def check_object(spec: str, kind: str) -> None:
+    """Look whether a file has what ``spec`` names, without running it; of a module, whether its name is one.
+
+    Raises:
+        UserError: As :func:`load_object`, or the file is not Python.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source.endswith(".py"):
+        _check_module_name(source)
+        return
+    path = _existing_file(Path(source), kind)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"{kind} file {path}:{error.lineno}: not valid Python ({error.msg})") from error
+    if not {name, "*", "__getattr__"} & set(_names_in(tree)):
+        raise UserError(f"{kind} {spec!r}: {source} has no {name!r}")
+
+
+def _names_in(tree: ast.Module) -> Iterator[str]:
+    """What is defined, assigned or imported anywhere in it, and so perhaps at its top."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name
+            case ast.Name(ctx=ast.Store()):
+                yield node.id
+            case ast.alias():
+                yield node.asname or node.name
+
+
+def _existing_file(path: Path, kind: str) -> Path:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{kind} file {path} does not exist")
+    return path
+
+
+def _load_file(path: Path, kind: str) -> ModuleType:
+    path = _existing_file(path, kind)
     # One file may define several objects, and be imported by its own package too.
     for module in list(sys.modules.values()):
         if getattr(module, "__file__", None) == str(path):
@@ -55,11 +93,15 @@ def _load_file(path: Path, kind: str) -> ModuleType:
     return module
 
 
-def _load_module(name: str, kind: str) -> ModuleType:
+def _check_module_name(name: str) -> None:
     if not re.fullmatch(r"\w+(\.\w+)*", name):
         raise UserError(
             f"{name!r} is neither a module nor a .py file; write package.module:function or file.py:function"
         )
+
+
+def _load_module(name: str, kind: str) -> ModuleType:
+    _check_module_name(name)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from megatron_vespo.checks import check_config, check_parallel_plan
+from megatron_vespo.checks import check_config, check_inputs, check_parallel_plan
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
 from megatron_vespo.dry_run import MEETING_POINT, describe_run
@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.nodes > 1:
             node = replace(node, meeting_point=MEETING_POINT)
         check_config(config, options.ranks * options.nodes, node)
+        check_inputs(config)
         if not options.dry_run:
             check_before_ranks(config, options.ranks)
         check_parallel_plan(config, options.ranks * options.nodes, options.ranks)  # rank 0 tells its warnings

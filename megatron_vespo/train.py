@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from megatron_vespo import environment, guard
-from megatron_vespo.checks import check_config, check_parallel_plan, describe_layout
+from megatron_vespo.checks import check_config, check_inputs, check_parallel_plan, describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.config.describe import describe_config
 from megatron_vespo.config_file import dump_config, load_config
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(options.config, all_overrides(options))
             check_config(config, int(os.environ["WORLD_SIZE"]), Node.from_environment())
             if main_rank:
+                check_inputs(config)
                 check_run_folder(config)
                 stack.enter_context(locked(config.run_folder))
                 prepare_run_folder(config, dump_config(config))

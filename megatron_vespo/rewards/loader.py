@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from megatron_vespo.dotted import load_object
+from megatron_vespo.dotted import check_object, load_object
 from megatron_vespo.errors import UserError
 from megatron_vespo.types import Sample
 
@@ -41,11 +41,7 @@ def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFun
         UserError: The name, file, module or function does not exist, is not callable, or does not take the parameters.
             Errors raised by the user's own module while it is imported pass through with their traceback.
     """
-    if ":" not in spec and spec not in BUILTIN_REWARDS:
-        raise UserError(
-            f"unknown reward {spec!r}; built in: {', '.join(BUILTIN_REWARDS)}; "
-            "or write path/to/file.py:function or package.module:function"
-        )
+    _check_name(spec)
     try:
         function = load_object(BUILTIN_REWARDS.get(spec, spec), "reward")
     except ModuleNotFoundError as error:
@@ -55,6 +51,21 @@ def load_reward(spec: str, params: Mapping[str, Any] | None = None) -> RewardFun
     if not callable(function):
         raise UserError(f"reward {spec!r} is a {type(function).__name__}, not a function")
     return _with_params(spec, function, dict(params or {}))
+
+
+def check_reward(spec: str) -> None:
+    """Look whether there is such a reward function, without running anything of the user's. Raises as load_reward."""
+    _check_name(spec)
+    if spec not in BUILTIN_REWARDS:
+        check_object(spec, "reward")
+
+
+def _check_name(spec: str) -> None:
+    if ":" not in spec and spec not in BUILTIN_REWARDS:
+        raise UserError(
+            f"unknown reward {spec!r}; built in: {', '.join(BUILTIN_REWARDS)}; "
+            "or write path/to/file.py:function or package.module:function"
+        )
 
 
 def _with_params(spec: str, function: Any, params: dict[str, Any]) -> RewardFunction:

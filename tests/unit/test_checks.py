@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_vespo.checks import check_config, describe_layout
+from examples.digits_cpu.task import write_model
+from megatron_vespo.checks import check_config, check_inputs, describe_layout
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import parse_config
 from megatron_vespo.errors import UserError
@@ -213,3 +215,55 @@ def test_where_nothing_is_pushed_the_placement_says_nothing(tree: dict[str, Any]
         config = parse_config(tree | SHARED | FP8 | {"objective": objective})
         check_config(config, 1)
         assert not config.shares_devices and not config.quantises_pushes
+
+
+@pytest.fixture
+def inputs(tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A configuration with functions of its user's own and a tokenizer; importing the functions would fail."""
+    write_model(tmp_path / "model")
+    code = "import no_such_package\nif True:\n    async def turns(conversation, prompt): ...\nscore = len\n"
+    (tmp_path / "mine.py").write_text(code)
+    tree["reward"] = {"function": f"{tmp_path}/mine.py:score"}
+    tree["rollout"]["generate"] = f"{tmp_path}/mine.py:turns"
+    tree["data"]["evaluation"] = {"held": str(tmp_path / "train.jsonl")}
+    return tree
+
+
+def test_what_is_the_users_own_is_looked_at_without_running_it(inputs: dict[str, Any]) -> None:
+    check_inputs(parse_config(inputs))
+    inputs["reward"] = {"terms": [{"function": "math"}, {"function": "package.module:function"}]}
+    check_inputs(parse_config(inputs))
+
+
+@pytest.mark.parametrize(
+    "section, wrong, said",
+    [
+        ("reward", {"function": "{}/mine.py:scores"}, "mine.py has no 'scores'"),
+        ("reward", {"function": "{}/theirs.py:score"}, "theirs.py does not exist"),
+        ("reward", {"function": "exact_mach"}, "unknown reward 'exact_mach'"),
+        ("reward", {"terms": [{"function": "math"}, {"function": "{}/mine.py:no"}]}, "mine.py has no 'no'"),
+        ("rollout", {"generate": "{}/mine.py:turn"}, "rollout.generate .* has no 'turn'"),
+        ("rollout", {"generate": "{}/broken.py:turn"}, "broken.py:2: not valid Python"),
+        ("data", {"train": {"function": "{}/mine.py:rows"}}, "mine.py has no 'rows'"),
+        ("data", {"evaluation": {"held": "{}/other.jsonl"}}, "other.jsonl:1: no 'prompt'; the line has question"),
+        ("data", {"train": "{}/other.jsonl", "keys": {"prompt": "text"}}, "other.jsonl:1: no 'text', which data.keys"),
+    ],
+)
+def test_what_is_the_users_own_is_found_wrong_early(
+    inputs: dict[str, Any], tmp_path: Path, section: str, wrong: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "broken.py").write_text("x = 1\ndef turn(:\n")
+    (tmp_path / "other.jsonl").write_text('{"question": "1"}\n')
+    own = json.loads(json.dumps(wrong).replace("{}/", f"{tmp_path}/"))
+    inputs[section] = {**inputs[section], **own} if section != "reward" else own
+    with pytest.raises(UserError, match=said):
+        check_inputs(parse_config(inputs))
+
+
+def test_supervised_rows_are_looked_at_as_such(inputs: dict[str, Any], tmp_path: Path) -> None:
+    inputs |= {"objective": "sft"}
+    with pytest.raises(UserError, match=r"train\.jsonl:1"):
+        check_inputs(parse_config(inputs))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1", "response": "2"}\n')
+    inputs["reward"] = {"function": "unknown"}  # nothing is scored
+    check_inputs(parse_config(inputs))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from examples.digits_cpu.task import write_model
 from megatron_vespo import environment
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import parse_config
@@ -125,8 +126,8 @@ def test_the_tool_prints_a_table_and_an_exit_status(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [["megatron_vespo.launch", "--ranks", "2"], ["megatron_vespo.train"]])
 def test_a_run_is_refused_before_anything_starts(tmp_path: Path, module: list[str]) -> None:
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    write_model(tmp_path)
+    (tmp_path / "t.jsonl").write_text('{"text": "1"}\n', encoding="utf-8")
     (tmp_path / "c.yaml").write_text(
         f"objective: sft\nrun: {{name: r, folder: {tmp_path}}}\nmodel: {{hf_path: {tmp_path}, initialize: random}}\n"
         f"data: {{train: {tmp_path}/t.jsonl}}\ntraining: {{steps: 1}}\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -45,6 +46,20 @@ def test_what_is_copied_is_there_and_sent_to_the_engine() -> None:
         assert source.split("/")[0] in kept, source
     for name in kept:
         assert (ROOT / name).exists(), name
+
+
+def test_the_image_gets_what_the_package_needs() -> None:
+    """The package itself is installed there without what it depends on."""
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    arguments = {
+        word.arg: word.value for node in ast.walk(setup) if isinstance(node, ast.Call) for word in node.keywords
+    }
+    needed = {re.split(r"[\[=>]", text)[0] for text in ast.literal_eval(arguments["install_requires"])}  # type: ignore[arg-type]
+    listed = (ROOT / "docker/requirements-trainer.txt").read_text(encoding="utf-8").splitlines()
+    assert needed - {re.split(r"[=>]", line)[0] for line in listed} == {
+        "torch",
+        "megatron-core",
+    }  # the Dockerfile's own
 
 
 def test_versions_are_those_of_the_package() -> None:

@@ -142,4 +142,4 @@ class LoggingSection(Section):
     """Write TensorBoard scalars."""
     wandb: WandbSection = WandbSection()
     rollout_groups: int = Field(default=2, ge=0)
-    """Sampled groups a step written to rollouts/ as text."""
+    """Sampled groups a step written to rollouts/ as text, evenly from the first to the last one trained on."""

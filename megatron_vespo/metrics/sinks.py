@@ -107,11 +107,12 @@ class SampleScores:
 
 
 class RolloutSink:
-    """Samples for people to read: ``rollouts/step_000012.jsonl``, one line a sample, the first few groups of a step.
+    """Samples for people to read: ``rollouts/step_000012.jsonl``, one line a sample, of some groups of a step.
 
     Args:
         folder: Made when missing.
-        groups_per_step: Groups written a step; the rest is dropped.
+        groups_per_step: Groups written a step, from the first to the last one trained on at equal distances: the first
+            are fresh, the last as stale as they get. The rest is dropped.
         decode: Turns token ids into text, usually the tokenizer's ``decode``.
     """
 
@@ -130,7 +131,7 @@ class RolloutSink:
             scores: Of each sample by ``Sample.name``; a sample missing here gets null.
         """
         lines = []
-        for group in groups[: self._groups_per_step]:
+        for group in _spread(groups, self._groups_per_step):
             prompt_text = self._decode(group.prompt.input_ids)
             for sample in group.samples:
                 record = _rollout_record(step, sample, prompt_text, (scores or {}).get(sample.name))
@@ -178,6 +179,12 @@ def _rollout_record(step: int, sample: Sample, prompt_text: str, scores: SampleS
         "versions": [int(versions.min()), int(versions.max())] if len(versions) else None,
         "policy_version": scores.policy_version if scores else None,
     }
+
+
+def _spread(groups: Sequence[SampleGroup], number: int) -> list[SampleGroup]:
+    """So many of them at equal distances, the first and the last among them; only the last where one is asked for."""
+    last, number = len(groups) - 1, min(number, len(groups))
+    return [groups[last - (number - 1 - i) * last // max(number - 1, 1)] for i in range(number)]
 
 
 def _rounded(values: FloatArray) -> list[float | None]:

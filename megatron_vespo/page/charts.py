@@ -150,15 +150,14 @@ def _curve(records: Records, name: str, band: tuple[str, str] | None) -> dict[st
 
 
 def thin_out(columns: list[list[float]], limit: int) -> list[int]:
-    """Places of ``limit`` points at most: the lowest and the highest value of each column in each of equal stretches.
-
-    So no spike is lost.
+    """Places of ``limit`` points at most: the lowest and the highest value of each column in each of equal stretches,
+    so that no spike is lost; and the first and the last.
     """
     length = len(columns[0])
     if length <= limit:
         return list(range(length))
-    kept = set[int]()
-    for piece in _stretches(length, limit // (2 * len(columns))):
+    kept = {0, length - 1}
+    for piece in _stretches(length, (limit - 2) // (2 * len(columns))):
         for column in columns:
             kept |= {min(piece, key=column.__getitem__), max(piece, key=column.__getitem__)}
     return sorted(kept)

@@ -9,11 +9,13 @@ function make(tag, text, className) {
   if (className) element.className = className;
   return element;
 }
+const formats = {}; // making one takes long
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "-";
   if (value !== 0 && Math.abs(value) < 1e-3) return Number(value).toExponential(1);
-  const notation = digits < 9 && Math.abs(value) >= 1e5 ? "compact" : "standard";
-  return Number(value).toLocaleString("en", { maximumSignificantDigits: digits, notation });
+  const notation = digits < 9 && Math.abs(value) >= 1e5 ? "compact" : "standard", key = notation + digits;
+  formats[key] ??= new Intl.NumberFormat("en", { maximumSignificantDigits: digits, notation });
+  return formats[key].format(value);
 }
 function dotted(run) {
   const title = make("h3"), dot = make("span", "", "dot");

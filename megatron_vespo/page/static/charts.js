@@ -31,7 +31,7 @@ function curves(chart) {
 
 function draw(chart, card) {
   const { drawn } = curves(chart), tables = [], series = [{}], bands = [], legend = [];
-  const few = drawn.every((line) => line.points[0].length < 50);
+  const few = drawn.every((line) => line.points[0].length < 35);
   const add = (options) => series.push({ spanGaps: true, ...options }) - 1;
   for (const line of drawn) {
     const [steps, values, low, high] = line.points, stroke = resolved(line.hue), show = !hidden.has(line.key), own = [];
@@ -53,7 +53,7 @@ function draw(chart, card) {
   const axis = { stroke: style.getPropertyValue("--soft"), grid, ticks: { ...grid, size: 4 }, font: "11px system-ui, sans-serif" };
   const place = card.querySelector(".plot");
   const options = {
-    width: place.clientWidth, height: 190, series, bands, legend: { show: false }, scales: { x: { time: false } }, padding: [8, 10, 0, 0],
+    width: place.clientWidth, height: 190, series, bands, legend: { show: false }, scales: { x: { time: false } }, padding: [8, 17, 0, 0],
     axes: [{ ...axis, size: 28, gap: 3, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5, 1e6] },
       { ...axis, size: 52, gap: 4, space: 34, values: (_, ticks) => ticks.map((value) => number(value)) }],
     cursor: { y: false, sync: { key: "step" }, points: { size: 7 } },

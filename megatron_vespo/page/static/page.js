@@ -55,7 +55,7 @@ function evaluationTable() {
   const rows = steps.map((row) => [set(row), row.measure, dotted(row.run), value(row.first), value(row.last),
     make("b", `${row.last.value < row.first.value ? "" : "+"}${(row.last.value - row.first.value).toFixed(3)}`),
     picture(row.run, row.first, row.last), value(row.best)]);
-  box.append(table(["set", "measure", "run", "before", "after", "change", "0 to 1", "best"], rows, others.length ? "None during training." : "Nothing has been evaluated yet."));
+  box.append(table(["set", "measure", "run", "before", "after", "change", "0 to 1", "best"], rows, others.length ? "None during training." : "There are no results in evaluation/ yet."));
   if (others.length) {
     box.append(make("h3", "Models evaluated by themselves"), table(["set", "measure", "run", "value", "0 to 1"],
       others.map((row) => [set(row), row.measure, dotted(row.run), value(row.only), picture(row.run, row.only)])));
@@ -64,9 +64,10 @@ function evaluationTable() {
   return box;
 }
 
+const SHORT = { "Held-out evaluation": "Evaluation", "Time and throughput": "Time", "Findings of the health panel": "Findings", "Settings that differ": "Settings" };
 function showLinks() {
   byId("nav").replaceChildren(...[...document.querySelectorAll("main section")].map((section) => {
-    const link = make("a", section.querySelector("h2").textContent.replace(" of the health panel", "").replace(" that differ", ""));
+    const title = section.querySelector("h2").textContent, link = make("a", SHORT[title] ?? title);
     link.href = `#${section.id}`;
     return link;
   }));

@@ -1,7 +1,7 @@
 // The viewer of samples: filters, and responses token by token.
 const PAGE = 20;
 const FIELDS = ["reward", "length", "log_w", "phi"];
-const form = byId("filters"), tip = byId("token"), tokenFacts = new WeakMap();
+const form = byId("filters"), tip = byId("token"), tokenFacts = new WeakMap(); // token -> what gives its figures
 let shown = PAGE;
 
 function fillChoice(select, entries) {
@@ -31,15 +31,15 @@ function selected() {
 
 function word(text, className, facts) {
   const token = make("span", text, className + (text.includes("\n") ? " newline" : ""));
-  tokenFacts.set(token, `${JSON.stringify(text)}\n${facts}`);
+  tokenFacts.set(token, () => `${JSON.stringify(text)}\n${facts()}`);
   return token;
 }
 function sampled(sample, i) {
   const { text, log_mu, log_pi, version } = sample.tokens, known = typeof log_pi[i] === "number" && typeof log_mu[i] === "number";
   const difference = known ? log_pi[i] - log_mu[i] : 0;
-  const age = sample.policy_version === null || version[i] === null ? "" : `, ${sample.policy_version - version[i]} updates old`;
-  const token = word(text[i] ?? "", "", `log mu ${number(log_mu[i])}, log pi ${number(log_pi[i])} nats\n` +
-    `${known ? `difference ${number(difference)} nats\n` : ""}weight version ${version[i] ?? "-"}${age}`);
+  const token = word(text[i] ?? "", "", () => `log mu ${number(log_mu[i])}, log pi ${number(log_pi[i])} nats\n` +
+    `${known ? `difference ${number(difference)} nats\n` : ""}weight version ${version[i] ?? "-"}` +
+    (sample.policy_version === null || version[i] === null ? "" : `, ${sample.policy_version - version[i]} updates old`));
   token.style.background = `rgba(${difference < 0 ? "213, 94, 0" : "0, 114, 178"}, ${0.75 * Math.min(1, Math.abs(difference))})`;
   return token;
 }
@@ -52,7 +52,7 @@ function response(sample) {
   let next = 0;
   for (let i = 0; i <= text.length; i += 1) {
     for (; next < inserted_text.length && inserted_before[next] <= i; next += 1) {
-      box.append(word(inserted_text[next] ?? "", "inserted", "inserted: the policy saw it and did not sample it"));
+      box.append(word(inserted_text[next] ?? "", "inserted", () => "inserted: the policy saw it and did not sample it"));
     }
     if (i < text.length) box.append(sampled(sample, i));
   }
@@ -84,15 +84,15 @@ function showSamples() {
   byId("more").hidden = found.length <= shown;
 }
 
-// The figures of the token that is pointed at or tapped, above it or, where there is no room, below.
+// The figures of the token that is pointed at or tapped, below it or, where there is no room, above.
 function showToken(event) {
-  const text = tokenFacts.get(event.target);
-  tip.hidden = text === undefined;
+  const facts = tokenFacts.get(event.target);
+  tip.hidden = facts === undefined;
   if (tip.hidden) return;
-  tip.textContent = text;
-  const at = event.target.getClientRects()[0], own = tip.getBoundingClientRect(), bar = byId("bar").offsetHeight;
+  tip.textContent = facts();
+  const at = event.target.getClientRects()[0], own = tip.getBoundingClientRect();
   tip.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - own.width - 8))}px`;
-  tip.style.top = `${at.top - own.height - 6 < bar ? at.bottom + 6 : at.top - own.height - 6}px`;
+  tip.style.top = `${at.bottom + own.height + 12 > innerHeight ? at.top - own.height - 6 : at.bottom + 6}px`;
 }
 byId("sample-list").onmouseover = byId("sample-list").onclick = showToken;
 byId("sample-list").onmouseleave = () => { tip.hidden = true; };

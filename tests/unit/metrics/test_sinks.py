@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vespo.metrics.records import read_metrics
@@ -89,7 +90,7 @@ def test_rollouts(tmp_path: Path) -> None:
     path = tmp_path / "rollouts" / "step_000012.jsonl"
     assert "Cé" in path.read_text()
     records = lines(path)
-    assert [r["sample"] for r in records] == ["0/0", "0/1", "1/0", "1/1"]
+    assert [r["sample"] for r in records] == ["0/0", "0/1", "4/0", "4/1"]
     assert records[0] == {
         "step": 12,
         "sample": "0/0",
@@ -114,6 +115,25 @@ def test_rollouts(tmp_path: Path) -> None:
     assert records[1]["log_w"] is None
     assert records[2]["log_w"] is None
     assert records[2]["tokens"]["log_pi"] is None  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "wanted, given, written",
+    [
+        (0, 3, []),
+        (1, 3, [2]),
+        (2, 0, []),
+        (3, 2, [0, 1]),
+        (3, 5, [0, 2, 4]),
+        (4, 32, [0, 11, 21, 31]),
+        (5, 5, [*range(5)]),
+    ],
+)
+def test_groups_are_spread_from_the_freshest_to_the_stalest(
+    tmp_path: Path, wanted: int, given: int, written: list[int]
+) -> None:
+    RolloutSink(tmp_path, wanted, decode=str).write(1, [group(i) for i in range(given)])
+    assert [r["sample"] for r in lines(tmp_path / "step_000001.jsonl")[::2]] == [f"{i}/0" for i in written]
 
 
 def test_inserted_tokens_are_apart_from_those_of_the_policy(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_long_curves_keep_their_spikes_and_those_of_their_bands() -> None:
     steps, *columns = chart["lines"][0]["points"]
     assert len(steps) <= MAX_POINTS
     assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, 49_999)
     spikes = [steps[column.index(value)] for column, value in zip(columns, (5.0, -5.0, 9.0), strict=True)]
     assert spikes == [31_234, 777, 40_001]
     steps, means = chart["lines"][0]["means"]

@@ -42,6 +42,8 @@ def main() -> int:
     Path("program.py").write_text(settings["program"], encoding="utf-8", errors="replace")
     named = separate(settings["become_stranger"])
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # now: another user would not keep it
+    if not _is_read(1):
+        return 1  # whoever waits died before that
     pipes = [os.pipe() for _ in range(4)]
     child = os.fork()
     if child == 0:
@@ -91,6 +93,8 @@ def _become_the_program(settings: dict[str, Any], pipes: list[tuple[int, int]]) 
         os.dup2(confessional, 3)
         os.set_inheritable(3, False)
         os.closerange(4, 4096)
+        if not _is_read(3):
+            os._exit(70)  # the jail died before the signal of its death was asked for
         for name, limit in settings["rlimits"].items():
             number = getattr(resource, name)
             hard = resource.getrlimit(number)[1]
@@ -107,6 +111,13 @@ def _become_the_program(settings: dict[str, Any], pipes: list[tuple[int, int]]) 
         os.write(3, f"{type(error).__name__}: {error}".encode())
     finally:
         os._exit(70)
+
+
+def _is_read(pipe: int) -> bool:
+    """Whether anybody has the end of this pipe from which it is read."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _drop_capabilities() -> None:

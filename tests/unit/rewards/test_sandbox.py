@@ -1,5 +1,6 @@
 """Programs that attack: what they must not do is checked from outside."""
 
+import json
 import os
 import socket
 import subprocess
@@ -392,6 +393,40 @@ def test_it_dies_with_whoever_waits_for_it(tmp_path: Path) -> None:
         owner.kill()
         _, alive = psutil.wait_procs(below, timeout=10)
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+ORPHAN = """
+import ctypes, os, sys, time
+from megatron_vespo.rewards.sandbox import jail
+ctypes.CDLL(None).prctl(36, 1)  # orphans become ours, so that their end can be seen
+us = os.getpid()
+if os.fork() == 0:
+    pipes = [os.pipe() for _ in range(4)]
+    if os.fork():
+        os._exit(0)
+    while os.getppid() != us:
+        time.sleep(0.01)
+    command = [sys.executable, "-c", ""]
+    jail._become_the_program({"rlimits": {}, "landlock": False, "seccomp": False, "command": command}, pipes)
+print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+"""
+
+
+def test_it_does_not_begin_when_its_jail_is_gone() -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, check=True)
+    assert done.stdout == "[0, 70]\n"
+
+
+def test_a_jail_that_nobody_waits_for_does_not_begin(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-I", "-S", str(run.JAIL)]
+    settings = {"program": "", "stdin": "", "become_stranger": False, "landlock": False, "seccomp": False}
+    settings |= {"command": [sys.executable, "-c", "open('ran', 'w')"], **LIMITS_AS_SENT}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=write, cwd=tmp_path) as jail:
+        os.close(write)
+        jail.communicate(json.dumps(settings).encode())
+    assert jail.returncode == 1 and not (tmp_path / "ran").exists()
 
 
 def test_the_protection_is_told() -> None:

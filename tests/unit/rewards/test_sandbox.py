@@ -37,8 +37,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def attack() -> Iterator[Attack]:
+def attack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attack]:
     """Runs a program; afterwards no process and no folder of it is left, and it took no longer than it may."""
+    # Others on this machine run programs too.
+    monkeypatch.setattr(run, "FOLDER_PREFIX", f"{run.FOLDER_PREFIX}{os.getpid()}-")
     folders, processes = leftovers(), psutil.Process().children(recursive=True)
     begin = time.monotonic()
 

@@ -30,6 +30,7 @@ from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import Evaluator
 from megatron_vespo.inputs import prepare_evaluation
+from megatron_vespo.logs import RankLog
 from megatron_vespo.metrics.evaluations import EvaluationSink, SetResult, console_table, read_results
 from megatron_vespo.models.registry import load_architecture
 from megatron_vespo.rollout.own_servers import OwnServers, make_servers
@@ -116,6 +117,7 @@ def _evaluate(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) 
     stop.defer()
     sink = EvaluationSink(output, lambda ids: tokenizer.decode(ids.tolist()), config.evaluation.keep_answers)
     made = connect.make_evaluator(config, service, connection)
+    _say(f"sampling {sum(len(part.prompts) * part.samples_per_prompt for part in made.sets):,} responses")
     evaluator = Evaluator(service, made.sets, made.interval, made.scoring, sink)
     infos = [member.info for member in connection.fleet.members if member.info is not None]
     results = evaluator.evaluate(
@@ -127,7 +129,8 @@ def _evaluate(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) 
         },
     )
     if results:
-        Console().print(console_table([row for row in read_results(output) if row["label"] == label]))
+        (record,) = [record for record in read_results(output) if record["label"] == label]
+        Console().print(console_table(record))
         _say(f"results: {output / f'{label}.json'}; all evaluations: {output / 'results.md'}")
     return results
 
@@ -202,12 +205,17 @@ def _convert(checkpoint: Path, companions: Path, output: Path, stack: ExitStack)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".converted-", dir=output))) / "hf"
     # In a process of its own: Megatron is not needed again, and must not see the servers' devices.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(_convert_here, checkpoint, folder, companions).result()
+        pool.submit(_convert_here, checkpoint, folder, companions, output / "conversion.log").result()
     return folder
 
 
-def _convert_here(checkpoint: Path, folder: Path, companions: Path) -> None:
+def _convert_here(checkpoint: Path, folder: Path, companions: Path, log_file: Path) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    log = RankLog()
+    log.write_to(log_file)
+    import torch  # noqa: F401 - its logger exists from here on
+
+    log.adopt("torch")
     from megatron_vespo import parallel
     from megatron_vespo.models.convert import torch_dist_to_hf
 

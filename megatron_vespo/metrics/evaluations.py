@@ -200,12 +200,22 @@ def markdown_table(records: Sequence[Mapping[str, Any]]) -> str:
     return f"# Evaluations\n\n{table}\n\nIn brackets: {'; '.join(methods)}.\n"
 
 
-def console_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """The table for a terminal."""
-    header, *rows = table_rows(records)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
+def console_table(record: Mapping[str, Any]) -> Table:
+    """One evaluation for a terminal, narrow enough for 80 columns however many k there are."""
+    table = Table("set", "answers", "score", title=record["label"], caption=f"in brackets: {record['intervals']}")
+    for name, result in record["sets"].items():
+        n = result["samples_per_prompt"]
+        scores = [
+            ("avg", n, result["average"]),
+            *(("pass", int(k), e) for k, e in result["passes"].items() if int(k) > 1),
+        ]
+        table.add_row(
+            name,
+            f"{result['problems']} problems x {n}\nlength {result['response_length_mean']:.0f} tokens\n"
+            f"cut {result['truncated_share']:.1%}\nnot scored {result['reward_failed_share']:.1%}",
+            "\n".join(f"{f'{what}@{k}':8} {_interval(estimate)}" for what, k, estimate in scores),
+            end_section=True,
+        )
     return table
 
 

@@ -56,4 +56,4 @@ def test_it_closes_with_what_was_learnt_and_where_to_look(demo: tuple[Path, str]
 def test_the_report_is_written(demo: tuple[Path, str]) -> None:
     run, _ = demo
     page = (run / "report.html").read_text()
-    assert "eval/long/accuracy" in page and "spell_backward" in page and "Spell this word backward" in page
+    assert '"short"' in page and '"long"' in page and "Spell this word backward" in page

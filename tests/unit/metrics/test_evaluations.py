@@ -1,14 +1,16 @@
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megatron_vespo.config_file import parse_config
 from megatron_vespo.errors import UserError
 from megatron_vespo.evaluation import EvaluationSet, Evaluator
 from megatron_vespo.inputs import evaluation_sampling
-from megatron_vespo.metrics.evaluations import EvaluationSink, Scoring, markdown_table, read_results
+from megatron_vespo.metrics.evaluations import EvaluationSink, Scoring, console_table, markdown_table, read_results
 from megatron_vespo.metrics.registry import StepMetrics
 from megatron_vespo.metrics.rollback import roll_back
 from megatron_vespo.rollout.sampling import SamplingParams
@@ -96,6 +98,18 @@ def test_the_table_has_steps_in_order_and_then_single_models(tmp_path: Path) -> 
     ]
     assert labels == ["step_000009", "step_000009", "step_000010", "step_000010", "base"]
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_terminal_of_80_columns_has_every_k_in_one_piece(tmp_path: Path) -> None:
+    groups = [group(index, *[float(index % 2)] * 32) for index in range(4)]
+    make(tmp_path, Sampler(groups, [group(0, 1.0)])).evaluate("model_Qwen3-30B-A3B", {})
+    (record,) = read_results(tmp_path / "evaluation")
+    terminal = StringIO()
+    Console(width=80, file=terminal).print(console_table(record))
+    shown = terminal.getvalue()
+    assert "model_Qwen3-30B-A3B" in shown and "4 problems x 32" in shown and "1 problems x 1 " in shown
+    for score in ("avg@32", "pass@2", "pass@4", "pass@8", "pass@16", "pass@32"):
+        assert f"{score:8} 0.500 [0.000, 1.000]" in shown
 
 
 def test_half_an_evaluation_is_none(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ python=${PYTHON:-.venv/bin/python}
 seed=${1:-1}
 sft=() rl=()
 if [ "${2:-}" = short ]; then
-    sft=(training.steps=20)
+    sft=(training.steps=30)
     rl=(training.steps=2 evaluation.max_prompts=16 logging.rollout_groups=32)
 fi
 example=examples/reasoning_cpu

@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 
 READY := .venv/.ready
+# Processes that run tests; each may start a server and four ranks, so their number does not follow the machine's cores.
+JOBS ?= 2
 
 help:
 	@echo "make demo      set everything up and run the demo: a tiny MoE learns arithmetic with VESPO (about 5 minutes)"
@@ -36,7 +38,7 @@ lab: $(READY)
 	examples/staleness_lab/run.sh full $(ARGS)
 
 test: $(READY)
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	.venv/bin/ruff check .

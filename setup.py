@@ -32,7 +32,17 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "sglang": ["sglang==0.5.23"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "hypothesis", "ruff", "selenium", "mypy", "types-PyYAML", "types-psutil", "psutil"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "selenium",
+            "mypy",
+            "types-PyYAML",
+            "types-psutil",
+            "psutil",
+        ],
     },
     entry_points={
         # SGLang loads this only when the environment says SGLANG_PLATFORM=megatron_vespo_cpu.

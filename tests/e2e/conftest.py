@@ -1,4 +1,4 @@
-"""One real SGLang server for a session, or for each of its processes; the first test that wants it waits for its start."""
+"""One real SGLang server for each process of a test session; the first test that wants it waits for its start."""
 
 from collections.abc import Iterator
 

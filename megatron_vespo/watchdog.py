@@ -185,8 +185,8 @@ class Watchdog:
         self._write_stack()
         states = self._collect()
         self._tell(describe(states, self._size, self._timeout))
-        self._store.set(_REPORTED, "")
         self._kill_silent(states)
+        self._store.set(_REPORTED, "")  # the last thing asked of the store: whoever keeps it ends then
         os._exit(_EXIT_STATUS)
 
     def _answer(self) -> None:

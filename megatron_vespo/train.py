@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             config = load_config(options.config, all_overrides(options))
             check_config(config, int(os.environ["WORLD_SIZE"]), Node.from_environment())
+            check_inputs(config)
             if main_rank:
-                check_inputs(config)
                 check_run_folder(config)
                 stack.enter_context(locked(config.run_folder))
                 prepare_run_folder(config, dump_config(config))

@@ -33,17 +33,14 @@ folder, how, culprit, timeout = Path(sys.argv[1]), sys.argv[2], sys.argv[3], flo
 parallel.initialize({}, seed=1)
 watchdog = Watchdog(timeout, folder)
 watchdog.start()
-began = time.monotonic()
 with watchdog.at("train"):
-    while time.monotonic() - began < (2 * timeout if how == "work" else 100):
+    for turn in range(int(2 * timeout / 0.05) if how == "work" else 10**9):  # the same number on every rank
         watchdog.at("update")
-        if os.environ["RANK"] == culprit and time.monotonic() - began > 1:
-            if how == "behind":
-                time.sleep(100)
+        if os.environ["RANK"] == culprit and turn > 10:
             stand_still()
         watchdog.at("reduce")
         parallel.barrier()
-        time.sleep(0.01)
+        time.sleep(0.05)
 watchdog.stop()
 parallel.barrier()
 """

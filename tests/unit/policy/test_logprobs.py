@@ -384,7 +384,10 @@ def test_nothing_waits_for_the_device(dtype: torch.dtype, trained: int, alone: C
 def test_no_more_logits_than_a_tile_are_in_memory(
     dtype: torch.dtype, backward: bool, bytes_of_a_logit: int, alone: Callable[[Sizes], None], one_thread: None
 ) -> None:
-    """As the module says. The hidden states have the size of a tile here; there are 32 tiles."""
+    """As the module says. The hidden states have the size of a tile here; there are 32 tiles.
+
+    Half a tile more is allowed in bfloat16: on some CPUs (with AMX) a product packs what it reads.
+    """
     rows, entries, width = 192, 16384, 512
     alone((rows * width, 1))
     hidden = torch.randn(rows, width, dtype=dtype).requires_grad_(backward)
@@ -400,4 +403,4 @@ def test_no_more_logits_than_a_tile_are_in_memory(
     hidden.grad = weight.grad = None
     wanted = bytes_of_a_logit * rows * width
     peak = peak_bytes(work, result_bytes=weight.nbytes)
-    assert wanted <= peak < 1.15 * wanted
+    assert wanted <= peak < (1.15 if dtype == torch.float32 else 1.65) * wanted

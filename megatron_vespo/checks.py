@@ -21,6 +21,7 @@ from megatron_vespo.metrics.conditions import choose_conditions, stop_after
 from megatron_vespo.plan.check import check_plan
 from megatron_vespo.plan.sizes import Facts
 from megatron_vespo.rewards.loader import check_reward
+from megatron_vespo.rewards.terms import terms_of
 from megatron_vespo.rollout.batches import list_batches
 from megatron_vespo.rollout.keys import server_key
 from megatron_vespo.rollout.placement import Node, check_placement
@@ -70,8 +71,8 @@ def check_inputs(config: Config) -> None:
     sources = [*config.data.train_sources.values()]
     if config.objective != "sft":
         sources += config.data.evaluation_sources.values()
-        for function in [term.function for term in config.reward.terms] or [config.reward.function]:
-            check_reward(function)
+        for term in terms_of(config.reward):
+            check_reward(term.function)
         if config.rollout.generate is not None:
             check_object(config.rollout.generate, "rollout.generate")
     for source in sources:

@@ -30,7 +30,7 @@ def load_object(spec: str, kind: str) -> Any:
     module = _load_file(Path(source), kind) if source.endswith(".py") else _load_module(source, kind)
     found = getattr(module, name, None)
     if found is None:
-        raise UserError(f"{kind} {spec!r}: {source} has no {name!r}")
+        raise _not_in(source, name, spec, kind)
     return found
 
 
@@ -50,7 +50,11 @@ def check_object(spec: str, kind: str) -> None:
     except SyntaxError as error:
         raise UserError(f"{kind} file {path}:{error.lineno}: not valid Python ({error.msg})") from error
     if not {name, "*", "__getattr__"} & set(_names_in(tree)):
-        raise UserError(f"{kind} {spec!r}: {source} has no {name!r}")
+        raise _not_in(source, name, spec, kind)
+
+
+def _not_in(source: str, name: str, spec: str, kind: str) -> UserError:
+    return UserError(f"{kind} {spec!r}: {source} has no {name!r}")
 
 
 def _names_in(tree: ast.Module) -> Iterator[str]:

@@ -125,7 +125,9 @@ def _report(error: Exception, config: Config, log: RankLog) -> None:
     """Tell of an error: with the traceback in the log of this rank, and on the console if it is the run's first one."""
     logs, who = config.run_folder / "logs", f"rank {os.environ['RANK']}"
     if isinstance(error, UserError):
-        report_once(logs, who, str(error))
+        # Before the ranks have joined, all of a node find the same, and the folder may still be an earlier run's.
+        if log.path is not None or os.environ["LOCAL_RANK"] == "0":
+            report_once(logs, who, str(error))
         return
     logging.getLogger(__name__).error("this rank failed", exc_info=error)
     if not a_local_rank_is_gone():  # whoever started it says how it ended, and this error is what comes of it

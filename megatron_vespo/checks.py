@@ -56,11 +56,15 @@ def check_config(config: Config, world_size: int, node: Node | None = None) -> N
         _check_data(config)
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config, *, only_evaluates: bool = False) -> None:
     """Look at what a run reads of its user's own, while nothing is lost yet; to be called after :func:`check_config`.
 
     Functions must be where they are said to be, and the first row of each data file must be one. What other rows, data
     sets and functions hold is seen when they are read.
+
+    Args:
+        config: Configuration.
+        only_evaluates: Nothing is trained on: the training data is of no matter.
 
     Raises:
         UserError: The first thing that is wrong, naming the file.
@@ -68,7 +72,7 @@ def check_inputs(config: Config) -> None:
     if config.rollout.replay is not None:
         return
     tokenizer = load_tokenizer(config.model.hf_path)
-    sources = [*config.data.train_sources.values()]
+    sources = [] if only_evaluates else [*config.data.train_sources.values()]
     if config.objective != "sft":
         sources += config.data.evaluation_sources.values()
         for term in terms_of(config.reward):

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from megatron_vespo import connect
 from megatron_vespo.checkpoint_folder import TRACKER, tracked
-from megatron_vespo.checks import check_servers
+from megatron_vespo.checks import check_inputs, check_servers
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
 from megatron_vespo.data.tokenizer import load_tokenizer
@@ -90,11 +90,12 @@ def _evaluate(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) 
         raise UserError("data.evaluation: no set is named; there is nothing to evaluate")
     if options.checkpoint and options.url:
         raise UserError("--checkpoint: a running server has weights of its own; leave out --checkpoint or --url")
+    architecture, tokenizer = load_architecture(config.model.hf_path), load_tokenizer(config.model.hf_path)
+    check_inputs(config, only_evaluates=True)
     output = _output_folder(config, options.output)
     label = _label(options, config)
     if options.checkpoint is not None:
         config = _with_model(config, _convert(Path(options.checkpoint), Path(config.model.hf_path), output, stack))
-    architecture, tokenizer = load_architecture(config.model.hf_path), load_tokenizer(config.model.hf_path)
     own = stack.enter_context(_servers(config, output))
     _say(f"evaluating {label}: {', '.join(config.data.evaluation)}; {describe_servers(config, Node(ranks=0))}")
     inputs = prepare_evaluation(config, architecture, tokenizer, stack, _say)

@@ -72,6 +72,8 @@ def test_what_cannot_be_evaluated(
         (["--checkpoint", "nowhere", "rollout.server.url=null"], "nowhere is no folder"),
         (["--checkpoint", "x", "--url", sglang_server.url], "leave out --checkpoint or --url"),
         (["--model", "nowhere"], "nowhere"),
+        # Before a checkpoint is converted or a server started.
+        (["--checkpoint", "nowhere", "rollout.server.url=null", "reward.function=no_such"], "unknown reward 'no_such'"),
     ):
         assert main([str(config), *arguments]) == 1
         assert message in capfd.readouterr().err

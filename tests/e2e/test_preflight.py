@@ -118,7 +118,7 @@ def test_a_forced_run_starts_and_the_panel_names_the_cause(
 
 def test_top_p_is_seen_though_the_server_does_not_tell(server: SGLangServer, tmp_path: Path) -> None:
     """SGLang reports log-probabilities from before top-p: no token differs, but the tail is never drawn."""
-    # One minibatch: all of the step's tokens are fresh, and enough for what is asked, 6 standard errors, not to be luck.
+    # One minibatch, all of it fresh: tokens enough for the 6 standard errors that are asked not to be luck.
     assert run(server, tmp_path, "top-p", "rollout.max_new_tokens=240", "training.minibatches_per_step=1") == 0
     folder = tmp_path / "runs" / "run"
     report = json.loads((folder / "preflight.json").read_text())

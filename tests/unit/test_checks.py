@@ -267,3 +267,12 @@ def test_supervised_rows_are_looked_at_as_such(inputs: dict[str, Any], tmp_path:
     (tmp_path / "train.jsonl").write_text('{"prompt": "1", "response": "2"}\n')
     inputs["reward"] = {"function": "unknown"}  # nothing is scored
     check_inputs(parse_config(inputs))
+
+
+def test_training_data_is_of_no_matter_to_an_evaluation(inputs: dict[str, Any], tmp_path: Path) -> None:
+    inputs["data"]["train"] = str(tmp_path / "other.jsonl")
+    (tmp_path / "other.jsonl").write_text('{"question": "1"}\n')
+    check_inputs(parse_config(inputs), only_evaluates=True)
+    inputs["data"]["evaluation"] = {"held": inputs["data"]["train"]}
+    with pytest.raises(UserError, match=r"other\.jsonl:1: no 'prompt'"):
+        check_inputs(parse_config(inputs), only_evaluates=True)

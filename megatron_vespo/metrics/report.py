@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megatron_vespo.files import atomic_write
 from megatron_vespo.metrics.console import format_seconds
-from megatron_vespo.metrics.learning_curve import draw_learning_curve
 from megatron_vespo.metrics.records import Records, mean, read_metrics
 from megatron_vespo.metrics.registry import PHASES
 
@@ -56,6 +55,9 @@ def write_report(
     Raises:
         UserError: The folder has no ``metrics.jsonl``.
     """
+    # A second of imports that only the rank that writes needs, and only now.
+    from megatron_vespo.metrics.learning_curve import draw_learning_curve
+
     folder = Path(run_folder).resolve()
     records = read_metrics(folder / "metrics.jsonl")
     picture = draw_learning_curve(records, folder.name)

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import queue
+import sys
 from typing import Any
 
 import torch
+
+# What Megatron's timers can write to (timers.py:13, :18). Here rank 0 writes metrics, by sinks of its own.
+_TRACKERS = ("wandb", "torch.utils.tensorboard")
+
+
+def import_without_trackers() -> None:
+    """Import Megatron-Core without the trackers, half a second on every rank that no rank needs."""
+    absent = [name for name in _TRACKERS if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type] # None: it is not there
+    try:
+        import megatron.core.timers  # noqa: F401
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def use_adam(adam: type[Any]) -> None:

@@ -24,7 +24,7 @@ class ServerSection(Section):
     """Which of several servers gets the next group."""
     hang_timeout: float = Field(default=60.0, gt=0)
     """Seconds without any answer, while requests are in flight, after which a server's health is asked; one that does
-    not answer that either counts as dead."""
+    not answer that either, for as long (5 to 30 seconds), counts as dead."""
     max_restarts: int = Field(default=3, ge=0)
     """Times that one of the run's own servers is started again after it died or hung, without a finished step between.
     """

@@ -16,7 +16,7 @@ from megatron_vespo.rollout.protocol import Request, ServerError, ServerInfo, Te
 PauseMode = Literal["retract", "in_place", "abort"]
 
 READY_TIMEOUT = 5.0
-QUICK_TIMEOUT = 60.0  # for what needs no work but an answer
+QUICK_TIMEOUT = 60.0  # for what needs no work but an answer, unless all requests must be quicker
 HEALTH_TIMEOUT = 30.0  # SGLang itself waits 20 s for its scheduler
 
 
@@ -52,7 +52,7 @@ class SGLangControl:
         flush_cache: bool = True,
         api_key: str | None = None,
     ) -> None:
-        self._flush_cache = flush_cache
+        self._flush_cache, self._quick = flush_cache, min(QUICK_TIMEOUT, timeout)
         self.base_url = base_url.rstrip("/")
         self._http = httpx.Client(
             base_url=self.base_url,
@@ -71,17 +71,18 @@ class SGLangControl:
         """Whether anything answers, also while the server is paused. Instant."""
         return self._succeeds(protocol.MODEL_INFO, READY_TIMEOUT)
 
-    def health(self) -> bool:
+    def health(self, timeout: float = HEALTH_TIMEOUT) -> bool:
         """Whether the server really generates: it samples a token, which takes 1 s, or 20 s if the scheduler hangs."""
-        return self._succeeds(protocol.HEALTH, HEALTH_TIMEOUT)
+        return self._succeeds(protocol.HEALTH, min(timeout, HEALTH_TIMEOUT))
 
-    def info(self) -> ServerInfo:
-        """What the server says of itself."""
-        return protocol.parse_info([self._send(request, QUICK_TIMEOUT) for request in protocol.INFO_REQUESTS])
+    def info(self, timeout: float = QUICK_TIMEOUT) -> ServerInfo:
+        """What the server says of itself. One whose scheduler hangs says nothing."""
+        quick = min(timeout, self._quick)
+        return protocol.parse_info([self._send(request, quick) for request in protocol.INFO_REQUESTS])
 
     def weight_version(self) -> int:
         """Policy version of the weights it has now. A ServerError if none was ever pushed."""
-        return protocol.parse_version(self.base_url, self._send(protocol.MODEL_INFO, QUICK_TIMEOUT)["weight_version"])
+        return protocol.parse_version(self.base_url, self._send(protocol.MODEL_INFO, self._quick)["weight_version"])
 
     def pause_generation(self, mode: PauseMode = "retract") -> None:
         """Stop sampling until :meth:`continue_generation`.
@@ -90,11 +91,11 @@ class SGLangControl:
         second, are exact: ``in_place`` goes on with the old weights' KV cache and attributes a token to the wrong
         version. Its updates must not flush the cache, since requests are running.
         """
-        self._send(Request("/pause_generation", {"mode": mode}), QUICK_TIMEOUT)
+        self._send(Request("/pause_generation", {"mode": mode}), self._quick)
 
     def continue_generation(self) -> None:
         """Sample again."""
-        self._send(protocol.CONTINUE_GENERATION, QUICK_TIMEOUT)
+        self._send(protocol.CONTINUE_GENERATION, self._quick)
 
     def release_memory(self, tags: Sequence[str]) -> None:
         """Give device memory back to the machine: ``kv_cache``, ``weights``, or both. What was in it is lost.
@@ -215,7 +216,7 @@ class SGLangControl:
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes. A ServerError while requests run."""
-        self._send(protocol.FLUSH_CACHE, QUICK_TIMEOUT)
+        self._send(protocol.FLUSH_CACHE, self._quick)
 
     def abort_all(self) -> None:
         """End all running requests; they return what they have, with finish reason ``abort``."""

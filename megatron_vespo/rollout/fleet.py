@@ -23,6 +23,8 @@ from megatron_vespo.rollout.server import SGLangServer
 POLL_SECONDS = 0.1
 # So long may a process take to end after its connections broke.
 DEATH_SECONDS = 5.0
+# So long may one that was lost take to say that it is back: pushes wait meanwhile, and the next one asks again.
+RETURN_SECONDS = 5.0
 
 
 class State(StrEnum):
@@ -170,7 +172,7 @@ class Fleet:
             UserError: As said for ``strict``, or :class:`ServerError` where it does not answer.
         """
         try:
-            info = member.control.info()
+            info = member.control.info() if strict else member.control.info(RETURN_SECONDS)
             self._check_info(member.url, info)
         except UserError as error:
             if strict:

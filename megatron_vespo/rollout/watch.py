@@ -13,6 +13,8 @@ from megatron_vespo.rollout.server import SGLangServer
 WATCH_SECONDS = 0.25
 # Between two questions to a server that is gone.
 PROBE_SECONDS = 2.0
+# A server asked for its health gets as long as it may be silent, but so long at least: it takes a second if well.
+HEALTH_SECONDS = 5.0
 
 
 class Watch:
@@ -59,7 +61,7 @@ class Watch:
             self._fleet.lost(member, member.lives, "its process ended")
         elif member.state is not State.GONE and self._is_silent(member):
             life = member.lives
-            if member.control.health():
+            if member.control.health(max(self._hang_timeout, HEALTH_SECONDS)):
                 member.last_answer = time.monotonic()
             elif self._is_silent(member):
                 self._fleet.lost(member, life, f"it hangs: no answer in {self._hang_timeout:g} s, nor to /health")

@@ -21,7 +21,7 @@ from megatron_vespo.errors import UserError
 from megatron_vespo.rendezvous import store_listening_on
 from megatron_vespo.rollout.addresses import address_towards
 from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.rollout.fleet import Member
+from megatron_vespo.rollout.fleet import Member, State
 from megatron_vespo.rollout.protocol import ServerGoneError
 from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.sglang_weights.wire import Request
@@ -61,6 +61,7 @@ class Servers:
         self.controls: tuple[SGLangControl, ...] = ()
         self.workers: tuple[int, ...] = ()
         self.group_name = ""
+        self._members: list[Member] = []
         self._lives: list[tuple[str, int]] = []
         self._group: dist.ProcessGroup | None = None
 
@@ -70,7 +71,7 @@ class Servers:
         if lives == self._lives and self.group_name:
             return
         self.leave()
-        self._lives = lives
+        self._members, self._lives = list(members), lives
         self.controls = tuple(member.control for member in members)
         # Processes of each that hold weights.
         self.workers = tuple(member.info.tensor_parallel_size for member in members if member.info is not None)
@@ -136,14 +137,23 @@ class Servers:
         group, self._group = self._group, None
         # Ours first: a server that still waits for a broadcast hears that it will not come.
         dist.destroy_process_group(group)
-        with suppress(UserError):  # one that is gone has left
-            self.each(lambda control: control.destroy_weights_update_group(self.group_name))
+        name = self.group_name
+        self._tell(lambda control: control.destroy_weights_update_group(name))
 
     def abandon_update(self) -> None:
         """Close the update that is open on those servers that answer: the next push opens another."""
-        for control in self.controls:
-            with suppress(UserError):  # gone, or none is open
-                control.end_weight_update()
+        self._tell(SGLangControl.end_weight_update)
+
+    def _tell(self, call: Callable[[SGLangControl], None]) -> None:
+        """``call`` for every server, whose failures are none: who is gone has left, and has no update open.
+
+        Only those that are not lost are waited for. One that hangs hears of it if ever it goes on.
+        """
+        told = [(member, _in_thread(partial(call, member.control))) for member in self._members]
+        for member, result in told:
+            if member.state is not State.GONE:
+                with suppress(UserError):
+                    result.result()
 
     def _finish(self, work: dist.Work | None) -> None:
         assert work is not None

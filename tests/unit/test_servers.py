@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,17 +14,17 @@ from megatron_vespo.connect import _check_info
 from megatron_vespo.errors import UserError
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
-from megatron_vespo.rollout.fleet import Member
+from megatron_vespo.rollout.fleet import Member, State
 from megatron_vespo.rollout.protocol import UNPUSHED, ServerInfo
 from megatron_vespo.sglang_weights import LOADER
 from megatron_vespo.weight_sync.servers import Servers
 
 
-def make_servers() -> Servers:
+def make_servers(states: Sequence[State] = (State.SERVING,) * 3) -> Servers:
     """Servers where nothing listens."""
     members = [
-        Member(url, SGLangControl(url), SGLangClient(url, vocab_size=1))
-        for url in (f"http://127.0.0.1:{port}" for port in (1, 2, 3))
+        Member(url, SGLangControl(url), SGLangClient(url, vocab_size=1), state)
+        for url, state in zip((f"http://127.0.0.1:{port}" for port in (1, 2, 3)), states, strict=True)
     ]
     servers = Servers()
     servers.choose(members)
@@ -51,6 +52,27 @@ def test_a_failure_is_raised_while_others_still_wait() -> None:
     with pytest.raises(UserError, match="refused"):
         make_servers().each(call)
     assert not release.is_set()
+    release.set()
+
+
+def test_who_is_lost_is_told_of_the_end_of_an_update_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = make_servers([State.SERVING, State.GONE, State.WAITING])
+    release, told, done = threading.Event(), list[str](), list[str]()
+    lost_is_told = threading.Event()
+
+    def end_weight_update(control: SGLangControl) -> None:
+        told.append(control.base_url[-1])
+        if control.base_url.endswith("2"):  # it hangs
+            lost_is_told.set()
+            release.wait(20)
+        elif control.base_url.endswith("3"):
+            raise UserError("no update is open")
+        done.append(control.base_url[-1])
+
+    monkeypatch.setattr(SGLangControl, "end_weight_update", end_weight_update)
+    servers.abandon_update()
+    assert done == ["1"] and not release.is_set()
+    assert lost_is_told.wait(20) and sorted(told) == ["1", "2", "3"]
     release.set()
 
 

@@ -206,6 +206,22 @@ def test_control_sends_versions_as_text_and_flushes() -> None:
     assert b'"retract"' in seen[0][1] and b'"weight_version":"7"' in seen[1][1] and b'"flush_cache":true' in seen[1][1]
 
 
+def test_no_request_may_take_longer_than_control_says() -> None:
+    seen: dict[str, float] = {}
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen[request.url.path] = request.extensions["timeout"]["read"]
+        return httpx.Response(200, json={"success": True, "weight_version": "1"})
+
+    for timeout, quick in ((600.0, 60.0), (7.0, 7.0)):
+        seen.clear()
+        with SGLangControl("http://server:1", timeout=timeout, transport=httpx.MockTransport(handle)) as control:
+            control.begin_weight_update()
+            control.pause_generation()
+            control.weight_version()
+        assert seen == {"/begin_weight_update": timeout, "/pause_generation": quick, "/model_info": quick}
+
+
 def test_control_raises_on_success_false() -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"success": False, "message": "no group"}))
     with SGLangControl("http://server:1", transport=transport) as control:

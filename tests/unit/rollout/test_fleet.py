@@ -11,6 +11,8 @@ import pytest
 from scripted import KNOWN, Break, Status, answer, serve
 
 from megatron_vespo.errors import UserError
+from megatron_vespo.rollout import fleet as fleet_module
+from megatron_vespo.rollout import watch as watch_module
 from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.dispatch import Dispatcher, LoadMeter
@@ -201,6 +203,31 @@ def test_a_push_finds_out_who_died_and_came_back_while_nobody_looked() -> None:
         assert fleet.begin_push() == fleet.members and states(fleet) == [State.WAITING]
 
 
+def test_a_push_does_not_wait_long_for_a_lost_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "RETURN_SECONDS", 0.2)
+    well, asked_in_vain = threading.Event(), threading.Event()
+
+    def known(path: str) -> Any:
+        """As SGLang does whose scheduler hangs: only what that one must be asked is not answered."""
+        if path == "/server_info":
+            (well if well.wait(20) else asked_in_vain).set()
+        return KNOWN[path]
+
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serve(lambda body: answer([5]), known=k)) for k in (KNOWN.__getitem__, known)]
+        stack.callback(well.set)
+        fleet = stack.enter_context(make_fleet(lambda: urls))
+        well.set()
+        fleet.meet()
+        pushed(fleet)
+        well.clear()
+        fleet.lost(fleet.members[1], 0, "it hangs")
+        assert [member.url for member in fleet.begin_push()] == urls[:1]
+        assert not asked_in_vain.is_set(), "it hangs still"
+        well.set()
+        assert [member.url for member in fleet.begin_push()] == urls
+
+
 def test_a_push_begins_anew_where_a_server_was_lost_and_is_back_already() -> None:
     with serve(lambda body: answer([5])) as url, make_fleet(lambda: [url]) as fleet:
         fleet.meet()
@@ -256,12 +283,19 @@ def test_servers_of_ours_are_started_again_each_by_itself() -> None:
             fleet.check()
 
 
-def test_a_server_that_hangs_is_noticed() -> None:
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_server_that_hangs_is_noticed(says_so: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it says that it is not well, as SGLang does after 20 s, or nothing."""
+    monkeypatch.setattr(watch_module, "HEALTH_SECONDS", 0.3)
     release = threading.Event()
     healthy = threading.Event()
 
     def known(path: str) -> Any:
-        return Status(503, "") if path == "/health" and not healthy.is_set() else KNOWN[path]
+        if path != "/health" or healthy.is_set():
+            return KNOWN[path]
+        if not says_so:
+            release.wait(20)
+        return Status(503, "")
 
     def hang_first(body: dict[str, Any]) -> Any:
         if not healthy.is_set():

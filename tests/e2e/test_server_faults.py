@@ -30,7 +30,15 @@ from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.weight_sync.broadcast import BroadcastTransport
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.sync import WeightSync
-from tests.e2e.small_runs import DEADLINE, after_step, make_tree, run_main_on_ranks, signal_ranks, write_config
+from tests.e2e.small_runs import (
+    DEADLINE,
+    REWARDS,
+    after_step,
+    make_tree,
+    run_main_on_ranks,
+    signal_ranks,
+    write_config,
+)
 from tests.policies import load_model
 from tests.ranks import free_port, run_ranks
 
@@ -55,21 +63,38 @@ def stop(model: Path) -> None:
     os.kill(scheduler.pid, signal.SIGSTOP)
 
 
-def run(tree: dict[str, Any], folder: Path, overrides: list[str], faults: dict[int, Callable[[], None]]) -> Records:
-    """The metrics of a run with faults after these steps."""
-    run_folder = folder / "runs" / "run"
+def run_until(tree: dict[str, Any], folder: Path, events: Callable[[], None]) -> Records:
+    """The metrics of a run that goes on until these events are over. Nothing here is of the pre-flight."""
 
-    def make_faults() -> None:
-        for step, fault in faults.items():
-            after_step(run_folder / "metrics.jsonl", step)
-            time.sleep(0.1)
-            fault()
+    def make_events() -> None:
+        try:
+            events()
+        finally:
+            signal_ranks(signal.SIGTERM)
 
-    thread = threading.Thread(target=make_faults)
+    thread = threading.Thread(target=make_events)
     thread.start()
-    assert run_main_on_ranks(2, write_config(folder, tree), [*overrides, "rollout.save_batches=true"]) == [0, 0]
+    overrides = ["training.steps=1000", "rollout.save_batches=true", "preflight.enabled=false"]
+    assert run_main_on_ranks(2, write_config(folder, tree), overrides) == [0, 0]
     thread.join()
-    return read_metrics(run_folder / "metrics.jsonl")
+    return read_metrics(metrics_of(folder))
+
+
+def metrics_of(folder: Path) -> Path:
+    return folder / "runs" / "run" / "metrics.jsonl"
+
+
+def losses(records: Records) -> float:
+    return sum(step.get("perf/server_losses", 0.0) for step in records.values)
+
+
+def after_loss(metrics: Path) -> int:
+    """Wait until a step writes down that a server was lost, perhaps once it was started again; that step."""
+    deadline = time.monotonic() + 2 * DEADLINE
+    while not losses(records := read_metrics(metrics)):
+        assert time.monotonic() < deadline, "no server was lost"
+        time.sleep(0.05)
+    return records.steps[-1]
 
 
 def trained(folder: Path) -> list[int]:
@@ -80,23 +105,34 @@ def trained(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_run_survives_its_own_server(sglang_server: SGLangServer, tmp_path: Path, staleness: int) -> None:
-    """Killed, or hung, it is started again and gets the current weights."""
-    model = tmp_path / "model"
+    """Killed, or hung, it is started again and gets the current weights.
+
+    Responses are long enough for some to be in flight then.
+    """
+    model, metrics = tmp_path / "model", metrics_of(tmp_path)
     shutil.copytree(sglang_server.model_path, model)
     tree = make_tree(sglang_server, tmp_path, model={"hf_path": str(model)})
     # The request timeout is for a server that is stopped in the middle of a push.
     tree["rollout"] |= {
         "server": {"hang_timeout": 3.0, "max_restarts": 1},
-        "max_new_tokens": 200,
+        "max_new_tokens": 80,
         "request_timeout": 20.0,
+        "max_staleness": staleness,
     }
-    tree["sglang"] = {"context_length": 256, "max_total_tokens": 16384}
-    overrides = ["training.steps=7", f"rollout.max_staleness={staleness}", "training.max_tokens_per_microbatch=512"]
-    faults: dict[int, Callable[[], None]] = {3: lambda: stop(model)} if staleness else {1: lambda: kill(model)}
-    records = run(tree, tmp_path, overrides, faults)
-    assert records.steps == list(range(8))
-    assert sum(step.get("perf/server_losses", 0.0) for step in records.values) == 1
-    assert trained(tmp_path) == list(range(7 * 4)), "no prompt is lost or trained on twice"
+    tree["sglang"] = {"context_length": 128, "max_total_tokens": 16384}
+    tree["training"]["max_tokens_per_microbatch"] = 512
+
+    def hit() -> None:
+        after_step(metrics, 1 + staleness)
+        time.sleep(0.1)  # until requests are in flight, as they mostly are
+        (stop if staleness else kill)(model)
+        after_step(metrics, after_loss(metrics) + 2)
+
+    records = run_until(tree, tmp_path, hit)
+    steps = records.steps[-1]
+    assert records.steps == list(range(steps + 1))
+    assert losses(records) == 1
+    assert trained(tmp_path) == list(range(steps * 4)), "no prompt is lost or trained on twice"
     bound = (staleness + 1) * 2 - 1
     assert all(step["rollout/staleness_max"] <= bound for step in records.values[1:])
     assert not processes_of(model)
@@ -124,7 +160,6 @@ def push_to_hanging(urls: list[str], model: Path, hung: int) -> tuple[list[State
     sync.push(2)
     states = [member.state for member in fleet.members]
     os.kill(hung, signal.SIGCONT)
-    time.sleep(1.0)
     sync.push(3)
     versions = [member.control.weight_version() for member in fleet.members]
     sync.close()
@@ -147,12 +182,15 @@ def test_servers_die_come_back_and_leave(
     addresses.write_text(f"{sglang_server.url}  # the first\n\n{second_server.url}\n")
     tree = make_tree(sglang_server, tmp_path)
     tree["rollout"] |= {"server": {"url_file": str(addresses)}, "max_staleness": 1}
-    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    starting, metrics = tmp_path / "starting", metrics_of(tmp_path)
+    tree["reward"] = {"function": f"{REWARDS}:of_ids_slowly", "params": {"while_there": str(starting)}}
 
     def kill_and_restart() -> None:
+        after_step(metrics, 2)
+        starting.touch()
         kill(second_server.model_path)
-        time.sleep(1.0)
         second_server.restart()
+        starting.unlink()
         with SGLangControl(second_server.url) as control:  # it takes part again
             deadline = time.monotonic() + DEADLINE
             while control.info().weight_version == UNPUSHED:
@@ -160,25 +198,33 @@ def test_servers_die_come_back_and_leave(
                 time.sleep(0.1)
         addresses.write_text(f"{sglang_server.url}\n")
         step = max(read_metrics(metrics).steps)
-        after_step(metrics, step + 3)
+        after_step(metrics, step + 2)  # whose push is the first that leaves it out
         kill(second_server.model_path)  # which concerns nobody any more
-        after_step(metrics, step + 6)
-        signal_ranks(signal.SIGTERM)
+        after_step(metrics, step + 4)
 
-    records = run(tree, tmp_path, ["training.steps=1000"], {2: kill_and_restart})
-    assert sum(step.get("perf/server_losses", 0.0) for step in records.values) == 1
+    records = run_until(tree, tmp_path, kill_and_restart)
+    assert losses(records) == 1
     indices = trained(tmp_path)
     assert indices == list(range(len(indices))) and len(indices) == 4 * records.steps[-1]
     assert (tmp_path / "runs" / "run" / "checkpoints" / f"iter_{records.steps[-1]:07d}").is_dir()
+
+
+# What `python -m sglang_router.launch_router` does, without its import of all of SGLang for a balancer in Python.
+ROUTER = """
+import sys
+from sglang_router.router import Router
+from sglang_router.router_args import RouterArgs
+port, metrics_port, worker = sys.argv[1:]
+addresses = {"host": "127.0.0.1", "port": int(port), "prometheus_host": "127.0.0.1"}
+Router.from_args(RouterArgs(**addresses, prometheus_port=int(metrics_port), worker_urls=[worker])).start()
+"""
 
 
 @pytest.fixture
 def router(sglang_server: SGLangServer, tmp_path: Path) -> Iterator[str]:
     """A real sglang-router before the session's server."""
     port, metrics_port = free_port(), free_port()
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", sglang_server.url, "--prometheus-host", "127.0.0.1"]
-    command += ["--prometheus-port", str(metrics_port)]
+    command = [sys.executable, "-c", ROUTER, str(port), str(metrics_port), sglang_server.url]
     url = f"http://127.0.0.1:{port}"
     with (tmp_path / "router.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         deadline = time.monotonic() + DEADLINE
@@ -191,7 +237,7 @@ def router(sglang_server: SGLangServer, tmp_path: Path) -> Iterator[str]:
             assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "router.log").read_text()
             time.sleep(0.2)
         yield url
-        process.terminate()
+        process.kill()  # it would wait for connections to end
 
 
 def test_requests_go_through_a_router_and_weights_to_its_workers(
@@ -199,7 +245,9 @@ def test_requests_go_through_a_router_and_weights_to_its_workers(
 ) -> None:
     tree = make_tree(sglang_server, tmp_path)
     tree["rollout"]["server"] = {"router": router}
-    records = run(tree, tmp_path, ["training.steps=3"], {})
+    overrides = ["training.steps=3", "preflight.enabled=false"]
+    assert run_main_on_ranks(2, write_config(tmp_path, tree), overrides) == [0, 0]
+    records = read_metrics(metrics_of(tmp_path))
     assert records.steps == [0, 1, 2, 3]
     # The trainer's updates are in what was sampled: within a step log W is of the updates since, not of a lost push.
     assert all(step["rollout/staleness_max"] == 1 and step["vespo/log_w_abs_mean"] < 0.5 for step in records.values[1:])
@@ -214,10 +262,11 @@ def test_a_server_that_keeps_dying_ends_the_run(
     shutil.copytree(sglang_server.model_path, model)
     tree = make_tree(sglang_server, tmp_path, model={"hf_path": str(model)})
     tree["rollout"]["server"] = {"max_restarts": 0}
-    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    metrics = metrics_of(tmp_path)
     thread = threading.Thread(target=lambda: (after_step(metrics, 1), kill(model)))
     thread.start()
-    assert run_main_on_ranks(2, write_config(tmp_path, tree), ["training.steps=1000"]) == [1, 1]
+    overrides = ["training.steps=1000", "preflight.enabled=false"]
+    assert run_main_on_ranks(2, write_config(tmp_path, tree), overrides) == [1, 1]
     thread.join()
     error = capfd.readouterr().err
     assert "was lost again (" in error and ") after 0 restarts" in error and "sglang.log" in error

@@ -79,7 +79,7 @@ def test_each_node_has_a_server_and_starts_it_again(tmp_path: Path) -> None:
         model={"hf_path": str(tmp_path / "model"), "make_vocab_size_divisible_by": 16},
         sglang={"context_length": 128, "max_total_tokens": 8192},
         rollout={"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 24, "save_batches": True},
-        reward={"function": f"{REWARDS}:of_ids"},
+        reward={"function": f"{REWARDS}:of_ids_slowly", "params": {"while_there": str(tmp_path / "starting")}},
         preflight={"enabled": False},
     )
     folder = tmp_path / "runs" / "run"
@@ -93,8 +93,11 @@ def test_each_node_has_a_server_and_starts_it_again(tmp_path: Path) -> None:
         victim = server_of(agents[1])
         with SGLangControl(f"http://127.0.0.1:{victim.cmdline()[victim.cmdline().index('--port') + 1]}") as control:
             assert holds_pushed_weights(control), "rank 0 knows the server of the other node"
+            (tmp_path / "starting").touch()
             victim.kill()
             victim.wait()
+            wait_for(agents, control.ready)
+            (tmp_path / "starting").unlink()
             wait_for(agents, lambda: holds_pushed_weights(control))
         done = steps()
         wait_for(agents, lambda: steps() > done)

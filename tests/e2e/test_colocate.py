@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ import pytest
 from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.server import SGLangServer
-from tests.e2e.small_runs import after_step, make_tree, run_and_kill, run_main_on_ranks, write_config
+from tests.e2e.small_runs import DEADLINE, after_step, make_tree, run_and_kill, run_main_on_ranks, write_config
 from tests.e2e.test_resume import metrics
-from tests.e2e.test_server_faults import kill, processes_of, trained
+from tests.e2e.test_server_faults import processes_of, trained
 from tests.weights import assert_bits_equal, read_weights
 
 SGLANG = {"enable_deterministic_inference": True, "context_length": 64, "max_total_tokens": 16384}
-OVERRIDES = ["training.steps=3", "evaluation.interval=1", "checkpoint.interval=2", "checkpoint.hf_interval=1"]
 
 
 @pytest.fixture(scope="module")
@@ -46,48 +45,72 @@ def configure(server: SGLangServer, folder: Path, ranks: int, *, shared: bool) -
     return write_config(folder, tree)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_run_is_that_on_devices_of_their_own(
-    server: SGLangServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
-) -> None:
-    """With pre-flight, evaluation at every step and checkpoints: metrics and weights are the same to the last bit."""
-    for name in ("own", "shared"):
-        path = configure(server, tmp_path / name, ranks, shared=name == "shared")
-        assert run_main_on_ranks(ranks, path, OVERRIDES) == [0] * ranks
-    own, shared = (tmp_path / name / "runs" / "run" for name in ("own", "shared"))
+def assert_same_run(shared: Path, own: Path) -> None:
+    """Metrics and weights, to the last bit."""
     assert metrics(shared) == metrics(own)
     assert_bits_equal(read_weights(shared / "hf" / "latest"), read_weights(own / "hf" / "latest"))
     steps = read_metrics(shared / "metrics.jsonl").values[1:]
     assert all(step["perf/sync_bytes"] > 0 and step["perf/turns_time"] > 0 for step in steps)
-    assert json.loads((shared / "preflight.json").read_text()) == json.loads((own / "preflight.json").read_text())
-    assert not list(Path("/dev/shm").glob("megatron_vespo_*")), "shared memory is freed"
     assert not (shared / "weights").exists(), "reports of fingerprints are read and gone"
 
 
+def assert_same_preflight(shared: Path, own: Path) -> None:
+    assert json.loads((shared / "preflight.json").read_text()) == json.loads((own / "preflight.json").read_text())
+
+
+def shared_memory() -> set[Path]:
+    return set(Path("/dev/shm").glob("megatron_vespo_*"))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_the_run_is_that_on_devices_of_their_own(server: SGLangServer, tmp_path: Path) -> None:
+    """With pre-flight, evaluation at every step and checkpoints. On one rank: the next test has two."""
+    overrides = ["training.steps=3", "evaluation.interval=1", "checkpoint.interval=2", "checkpoint.hf_interval=1"]
+    for name in ("own", "shared"):
+        path = configure(server, tmp_path / name, 1, shared=name == "shared")
+        assert run_main_on_ranks(1, path, overrides) == [0]
+    own, shared = (tmp_path / name / "runs" / "run" for name in ("own", "shared"))
+    assert_same_run(shared, own)
+    assert_same_preflight(shared, own)
+    assert not shared_memory(), "shared memory is freed"
+
+
 def test_a_killed_run_goes_on_and_its_killed_server_comes_back(server: SGLangServer, tmp_path: Path) -> None:
-    """The server is killed while the trainer trains; it is started, pushed again, and the run is the same."""
-    straight, broken = (configure(server, tmp_path / name, 2, shared=True) for name in ("straight", "broken"))
-    steps = ["training.steps=8", "checkpoint.interval=3", "training.minibatches_per_step=4"]
-    assert run_main_on_ranks(2, straight, steps) == [0, 0]
-    run = tmp_path / "broken" / "runs" / "run"
-    run_and_kill(broken, steps, run / "metrics.jsonl", step=4)
+    """The server is killed while the trainer trains; it is started and pushed again, and the run is still the same as
+    one that nothing happened to, on devices of their own."""
+    steps, killed_after, server_killed_after = 7, 3, 5
+    overrides = [f"training.steps={steps}", "evaluation.interval=1", "checkpoint.interval=2"]
+    overrides += ["training.minibatches_per_step=4"]
+    assert run_main_on_ranks(2, configure(server, tmp_path / "own", 2, shared=False), overrides) == [0, 0]
+    own, run = (tmp_path / name / "runs" / "run" for name in ("own", "broken"))
+    broken = configure(server, tmp_path / "broken", 2, shared=True)
+    run_and_kill(broken, overrides, run / "metrics.jsonl", killed_after)
+    assert_same_preflight(run, own)
+    model, left_by_the_killed = tmp_path / "broken" / "model", shared_memory()
+    wait_for(lambda: not processes_of(model))  # the server of the killed, which dies with them
 
     def kill_server() -> None:
-        model = tmp_path / "broken" / "model"
-        after_step(run / "metrics.jsonl", 5)
-        command = processes_of(model)[0].cmdline()
+        wait_for(lambda: bool(processes_of(model)))
+        processes = processes_of(model)
+        command = processes[0].cmdline()
         with SGLangControl(f"http://127.0.0.1:{command[command.index('--port') + 1]}") as control:
+            after_step(run / "metrics.jsonl", server_killed_after)
             while control.ready():  # until the turn is the trainer's
                 time.sleep(0.01)
-        kill(model)
+        processes[0].kill()
 
     thread = threading.Thread(target=kill_server)
     thread.start()
-    assert run_main_on_ranks(2, broken, [*steps, "--resume", "auto"]) == [0, 0]
+    assert run_main_on_ranks(2, broken, [*overrides, "--resume", "auto"]) == [0, 0]
     thread.join()
-    reference = tmp_path / "straight" / "runs" / "run"
     assert sum(step.get("perf/server_losses", 0.0) for step in read_metrics(run / "metrics.jsonl").values) == 1
-    assert trained(tmp_path / "broken") == list(range(8 * 4))
-    assert metrics(run) == metrics(reference)
-    assert_bits_equal(read_weights(run / "hf" / "latest"), read_weights(reference / "hf" / "latest"))
-    assert not processes_of(tmp_path / "broken" / "model")
+    assert trained(tmp_path / "broken") == list(range(steps * 4))
+    assert_same_run(run, own)
+    assert shared_memory() <= left_by_the_killed, "shared memory is freed"
+    assert not processes_of(model)

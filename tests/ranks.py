@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -17,9 +19,12 @@ TIMEOUT = 240
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the system hands out itself, or another process may have it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 29_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _child(
@@ -49,11 +54,16 @@ def _child(
 
 
 def run_ranks(
-    size: int, function: Callable[..., Any], *args: Any, initialize: bool = True, **megatron: Any
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    initialize: bool = True,
+    timeout: float = TIMEOUT,
+    **megatron: Any,
 ) -> list[Any]:
     """``function(*args)`` on ``size`` ranks with this ``megatron:`` section; results in rank order.
 
-    With ``initialize=False`` the function joins the job itself.
+    With ``initialize=False`` the function joins the job itself. ``timeout`` is in seconds.
     """
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -71,9 +81,9 @@ def run_ranks(
     try:
         pending = {pipe: rank for rank, pipe in enumerate(pipes)}
         while pending:
-            ready = wait(list(pending), timeout=TIMEOUT)
+            ready = wait(list(pending), timeout)
             if not ready:
-                raise TimeoutError(f"ranks {sorted(pending.values())} did not finish in {TIMEOUT} s")
+                raise TimeoutError(f"ranks {sorted(pending.values())} did not finish in {timeout} s")
             for pipe in [pipe for pipe in pending if pipe in ready]:
                 rank = pending.pop(pipe)
                 succeeded, value = pickle.loads(pipe.recv_bytes())

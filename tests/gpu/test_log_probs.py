@@ -39,31 +39,43 @@ def in_bf16(place: Place, model: Path) -> list[FloatArray]:
     return place.run(log_probs, place, model, BF16, together())
 
 
-def hugging_face(folder: Path, scratch: Path) -> list[FloatArray]:
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("routed"), chosen=2)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(model: Path, routed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[FloatArray]]:
+    """Log-probabilities of both models, by their folder's name."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     sequences = [[*sample.prompt.input_ids, *sample.response_ids] for sample in samples()]
-    (found,) = hf_log_probs([folder], sequences, scratch).values()
-    return [
-        log_p[len(sample.prompt.input_ids) - 1 : -1][np.arange(len(sample.response_ids)), sample.response_ids]
-        for sample, log_p in zip(samples(), found, strict=True)
-    ]
+    return {
+        name: [
+            log_p[len(sample.prompt.input_ids) - 1 : -1][np.arange(len(sample.response_ids)), sample.response_ids]
+            for sample, log_p in zip(samples(), found, strict=True)
+        ]
+        for name, found in hf_log_probs([model, routed], sequences, tmp_path_factory.mktemp("scratch")).items()
+    }
 
 
 def distance(ours: list[FloatArray], wanted: list[FloatArray]) -> float:
     return float(np.sqrt(np.mean((np.concatenate(ours) - np.concatenate(wanted)) ** 2)))
 
 
-def test_they_are_those_of_hugging_face(model: Path, in_bf16: list[FloatArray], tmp_path: Path) -> None:
-    wanted = hugging_face(model, tmp_path)
+def test_they_are_those_of_hugging_face(
+    model: Path, in_bf16: list[FloatArray], hugging_face: dict[str, list[FloatArray]]
+) -> None:
+    wanted = hugging_face[model.name]
     assert np.std(np.concatenate(wanted)) > 10 * TOLERANCE["bf16"], "a constant would do"
     assert distance(in_bf16, wanted) < TOLERANCE["bf16"]
 
 
-def test_routers_choose_the_experts_of_hugging_face(place: Place, tmp_path: Path) -> None:
+def test_routers_choose_the_experts_of_hugging_face(
+    place: Place, routed: Path, hugging_face: dict[str, list[FloatArray]]
+) -> None:
     """Nearly always: rounding makes a router choose another expert for some tokens, which are far off then."""
-    routed = make_model(tmp_path / "model", chosen=2)
-    wanted, found = hugging_face(routed, tmp_path), place.run(log_probs, place, routed, BF16, together())
+    wanted, found = hugging_face[routed.name], place.run(log_probs, place, routed, BF16, together())
     differences = np.abs(np.concatenate(found) - np.concatenate(wanted))
     assert np.median(differences) < TOLERANCE["bf16"] and np.quantile(differences, 0.9) < 3 * TOLERANCE["bf16"]
 

@@ -6,7 +6,8 @@ import importlib
 import math
 import os
 import subprocess
-import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -163,15 +164,23 @@ def test_the_script_is_sound_and_passes_arguments_on(tmp_path: Path) -> None:
     ]
 
 
+def gpu_tests(folder: Path, *options: str) -> tuple[int, str]:
+    """Exit status and output of pytest, in a process that has torch and Megatron already."""
+    os.chdir(ROOT)
+    command = ["tests/gpu", "-p", "no:cacheprovider", "-rs", f"--basetemp={folder}", *options]
+    with redirect_stdout(StringIO()) as output:
+        status = pytest.main(command)
+    return int(status), output.getvalue()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests themselves can be run")
-def test_gpu_tests_are_rehearsed_and_skipped() -> None:
+def test_gpu_tests_are_rehearsed_and_skipped(tmp_path: Path) -> None:
     """Everything in tests/gpu but the kernels is run, and without being asked for it is skipped with a reason."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-rs"]
-    skipped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert skipped.returncode == 0 and "needs a GPU" in skipped.stdout and "passed" not in skipped.stdout
-    rehearsed = subprocess.run([*command, "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert rehearsed.returncode == 0, rehearsed.stdout[-3000:]
-    assert "skipped" not in rehearsed.stdout
+    ((status, skipped),) = run_ranks(1, gpu_tests, tmp_path / "skipped", initialize=False)
+    assert status == 0 and "needs a GPU" in skipped and "passed" not in skipped
+    ((status, rehearsed),) = run_ranks(1, gpu_tests, tmp_path / "r", "--rehearse", initialize=False, timeout=600)
+    assert status == 0, rehearsed[-3000:]
+    assert "passed" in rehearsed and "skipped" not in rehearsed
 
 
 def test_the_worker_of_the_gpu_tests_runs_one_function_after_another_and_says_what_failed() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_vespo.config import Config
 from megatron_vespo.config_file import load_config
 from megatron_vespo.errors import UserError
-from megatron_vespo.launch import launch_ranks
+from megatron_vespo.launch import RankFailure, launch_ranks
 from megatron_vespo.layouts.compare import QUANTITIES, Row, compare
 from megatron_vespo.layouts.layout import Layout
 from megatron_vespo.layouts.outcome import Outcome, read_weights
@@ -24,6 +24,14 @@ from megatron_vespo.rollout.batches import load_batch
 from megatron_vespo.types import Sample
 
 REFERENCE, WORKER = "megatron_vespo.layouts.reference", "megatron_vespo.layouts.worker"
+
+type Launch = Callable[[Layout, Sequence[str], Path], RankFailure | None]
+"""Runs the ranks of a layout with these arguments for the worker, their logs in this folder, as ``launch_ranks``."""
+
+
+def launch_worker(layout: Layout, arguments: Sequence[str], logs: Path) -> RankFailure | None:
+    """Run the ranks under torchrun's engine."""
+    return launch_ranks(layout.ranks, ["-m", WORKER, *arguments], logs)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ def compare_layouts(
     overrides: Sequence[str],
     folder: Path,
     *,
-    worker: str = WORKER,
+    launch: Launch = launch_worker,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Compare layouts with the float64 reference on a saved batch.
@@ -64,7 +72,7 @@ def compare_layouts(
         layouts: What to run.
         overrides: ``section.key=value``; they win over ``UPDATE_OVERRIDES``, which win over the file.
         folder: Existing, empty; gets the ranks' logs in ``<layout>/logs``.
-        worker: Module of a rank.
+        launch: Runs the ranks of a layout.
         say: Shows progress.
 
     Raises:
@@ -86,7 +94,7 @@ def compare_layouts(
         out = folder / layout.name
         arguments = work_arguments(config, batch, out / "outcome", [*overrides, *layout.overrides(longest)])
         try:
-            ours = _run_layout(layout, ["-m", worker, *arguments], out)
+            ours = _run_layout(launch, layout, arguments, out)
             found = compare(ours, reference, names, read_weights(out / "outcome"), weights)
             row = Row(layout, time.monotonic() - started, ours.facts, found)
             shutil.rmtree(out / "outcome")
@@ -131,10 +139,10 @@ def _run_reference(arguments: Sequence[str], folder: Path) -> None:
         raise UserError(f"the reference failed: {_last_words(log)}\n(all of it: {log})")
 
 
-def _run_layout(layout: Layout, arguments: Sequence[str], out: Path) -> Outcome:
+def _run_layout(launch: Launch, layout: Layout, arguments: Sequence[str], out: Path) -> Outcome:
     logs = out / "logs"
     logs.mkdir(parents=True)
-    failure = launch_ranks(layout.ranks, arguments, logs)
+    failure = launch(layout, arguments, logs)
     if failure is not None:
         rank, status = failure
         # A rank that refuses something says so; the others then lose their connections to it and crash.

@@ -1,15 +1,11 @@
-"""A rank of a layout that leaves a reduction out, another one in each layout. The tool runs it as a module."""
+"""Reductions that are left out from now on, in this process."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from megatron_vespo import parallel
-from megatron_vespo.layouts import worker
 from megatron_vespo.policy.policy import Policy
 
 
@@ -43,15 +39,3 @@ def keep_norm_gradients_apart() -> None:
 def keep_samples_apart() -> None:
     """Every rank has the figures of its own samples only."""
     replace_attribute(parallel, "all_reduce_sum", lambda tensor: tensor)
-
-
-BREAKS: dict[str, Callable[[], None]] = {
-    "dp2": keep_replicas_out_of_the_loss,
-    "tp2": keep_norm_gradients_apart,
-    "ep2": keep_samples_apart,
-}
-
-if __name__ == "__main__":
-    out = Path(sys.argv[sys.argv.index("--out") + 1])
-    BREAKS[out.parent.name]()
-    sys.exit(worker.main())

@@ -47,11 +47,14 @@ BALANCING = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
-        "moe": make_tiny_qwen3_moe(root / "moe", vocab_size=VOCABULARY, num_layers=4),
+        "moe": make_tiny_qwen3_moe(root / "moe", vocab_size=VOCABULARY),
+        "four layers": make_tiny_qwen3_moe(
+            root / "four", vocab_size=VOCABULARY, num_layers=4
+        ),  # two stages on two ranks
         "tied": make_tiny_qwen3(root / "tied", vocab_size=VOCABULARY, num_layers=4, tie_word_embeddings=True),
         # Half of the layers are dense, so that the first pipeline stage has no experts; routers have a bias.
         "sigmoid": make_tiny_sigmoid_moe(
-            root / "sigmoid", "glm4_moe", vocab_size=VOCABULARY, num_layers=4, first_k_dense_replace=2
+            root / "sigmoid", "glm4_moe", vocab_size=VOCABULARY, num_layers=2, first_k_dense_replace=1
         ),
     }
 
@@ -121,8 +124,8 @@ RESHARDED: dict[str, tuple[str, tuple[int, dict[str, Any]], tuple[int, dict[str,
     "EP2 to TP2": ("moe", (2, EP), (2, TP)),
     "EP2 to TP2, distributed": ("moe", (2, EP | DISTRIBUTED), (2, TP | DISTRIBUTED)),
     "1 rank to EP2": ("sigmoid", (1, BIAS), (2, EP | BIAS)),
-    "1 rank to PP2 VPP2": ("moe", (1, {}), (2, VPP)),
-    "PP2 VPP2 to TP2, distributed": ("moe", (2, VPP | DISTRIBUTED), (2, TP | DISTRIBUTED)),
+    "1 rank to PP2 VPP2": ("four layers", (1, {}), (2, VPP)),
+    "PP2 VPP2 to TP2, distributed": ("four layers", (2, VPP | DISTRIBUTED), (2, TP | DISTRIBUTED)),
     "PP2 to 1 rank, the first stage without experts": ("sigmoid", (2, PP), (1, {})),
     "PP2 to EP2, the first stage without experts, distributed": (
         "sigmoid",

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_vespo import guard, parallel
+from megatron_vespo import guard, parallel, watchdog
 from megatron_vespo.stopping import StopRequest, announce_stop
-from megatron_vespo.watchdog import Watchdog
 
 _STEPS = 200
 
@@ -26,15 +25,16 @@ def main() -> int:
     stop.install()
     parallel.initialize({}, seed=1)
     stop.defer()
-    watchdog = Watchdog(3.0 if "freeze" in sys.argv else 600.0, folder)
-    watchdog.start()
+    watchdog._ANSWER_SECONDS = 2.0
+    watcher = watchdog.Watchdog(2.0 if "freeze" in sys.argv else 600.0, folder)
+    watcher.start()
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     for _ in range(_STEPS):
-        watchdog.at("step")
+        watcher.at("step")
         if "freeze" in sys.argv and rank == "0":
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(seconds)
-        watchdog.at("ask")
+        watcher.at("ask")
         if parallel.any_rank(stop.requested):
             (folder / f"saved_{rank}").touch()
             break

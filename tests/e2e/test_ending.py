@@ -1,4 +1,7 @@
-"""How runs end: asked to, or by the death of a rank. Real launchers, real ranks, real signals."""
+"""How runs end: asked to, or by the death of a rank. Real launchers, real ranks, real signals.
+
+The processes are forked from this one (``tests.forked``): the imports of three are most of what a job costs.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import psutil
 import pytest
 
 from tests.e2e.test_launch import assert_no_process_mentions, make_config
+from tests.forked import popen
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("stopping_worker.py")
@@ -44,7 +48,7 @@ def wait_until(process: subprocess.Popen[str], happened: Callable[[], object]) -
 def job(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     pipe, env = subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *command]
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env) as process:
+    with popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env) as process:
         try:
             yield process
         finally:
@@ -69,7 +73,7 @@ def saved(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_alone_saves_and_leaves(tmp_path: Path, number: signal.Signals) -> None:
-    with stepping(tmp_path, 2.0) as process:
+    with stepping(tmp_path, 1.0) as process:
         process.send_signal(number)
         out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "failure: None\n"), error
@@ -79,7 +83,7 @@ def test_a_signal_to_the_launcher_alone_saves_and_leaves(tmp_path: Path, number:
 
 
 def test_slurm_signals_every_process(tmp_path: Path) -> None:
-    with stepping(tmp_path, 2.0) as process:
+    with stepping(tmp_path, 1.0) as process:
         for one in [*psutil.Process(process.pid).children(), process]:
             one.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -125,7 +129,7 @@ def test_a_stopped_process_ends_the_job_also_if_it_is_rank_0(tmp_path: Path) -> 
     with stepping(tmp_path, 0.1, "freeze") as process:
         began = time.monotonic()
         out, error = process.communicate(timeout=60)
-        assert time.monotonic() - began < 3 + 20
+        assert time.monotonic() - began < 2 + 20
     assert out == f"failure: RankFailure(rank=0, status={-signal.SIGKILL})\n"  # the watchdog of rank 1 killed it
     assert "the others wait for rank 0: no answer" in error and "rank 1: in 'ask' for" in error, error
     assert_no_process_mentions(str(tmp_path))
@@ -154,7 +158,8 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
 
 
 def rank_process(launcher: int, rank: int) -> psutil.Process:
-    return next(p for p in psutil.Process(launcher).children() if p.environ().get("RANK") == str(rank))
+    """The launcher's children are its ranks, which it starts in their order."""
+    return sorted(psutil.Process(launcher).children(), key=lambda p: (p.create_time(), p.pid))[rank]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -184,9 +189,10 @@ def test_a_second_run_of_the_name_is_refused_at_once(tmp_path: Path) -> None:
     with job(command) as process:
         wait_for_steps(process, tmp_path)
         holder = rank_process(process.pid, 0).pid
-        second = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60, cwd=ROOT)
-        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1  # no rank was started
-        assert second.stderr.startswith("error: ") and f"process {holder})" in second.stderr, second.stderr
+        with job(command) as second:
+            _, error = second.communicate(timeout=60)
+        assert second.returncode == 1 and len(error.splitlines()) == 1  # no rank was started
+        assert error.startswith("error: ") and f"process {holder})" in error, error
         assert process.poll() is None
         process.terminate()
         process.communicate(timeout=60)

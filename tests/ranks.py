@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -38,6 +39,7 @@ def _child(
 ) -> None:
     import torch
 
+    gc.freeze()  # what pytest has imported and collected stays: sweeps over it would be most of what a rank does
     torch.set_num_threads(1)
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in env.items()})

@@ -88,12 +88,12 @@ def test_supervised_training_resumes_as_well(sglang_server: SGLangServer, tmp_pa
     tree = make_tree(sglang_server, tmp_path)
     data.write_text("".join(json.dumps({"prompt": "a b", "response": f"c {i}"}) + "\n" for i in range(37)))
     tree |= {"objective": "sft", "data": {"train": str(data)}}
-    tree["training"] = {"steps": 60, "samples_per_step": 8, "max_tokens_per_microbatch": 64}
+    tree["training"] = {"steps": 30, "samples_per_step": 8, "max_tokens_per_microbatch": 64}
     path = write_config(tmp_path, tree)
-    own = ["checkpoint.interval=20", "checkpoint.asynchronous=true"]
+    own = ["checkpoint.interval=10", "checkpoint.asynchronous=true"]
     assert run_main_on_ranks(2, path, [*own, "run.name=straight"]) == [0, 0]
     run, straight = tmp_path / "runs" / "run", tmp_path / "runs" / "straight"
-    run_and_kill(path, own, run / "metrics.jsonl", step=30)
+    run_and_kill(path, own, run / "metrics.jsonl", step=19)
     assert run_main_on_ranks(2, path, [*own, *RESUME]) == [0, 0]
     assert metrics(run) == metrics(straight)
     assert_bits_equal(read_weights(run / "hf" / "latest"), read_weights(straight / "hf" / "latest"))

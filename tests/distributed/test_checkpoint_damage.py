@@ -64,11 +64,14 @@ DAMAGE = {"flipped": (flip, "is damaged"), "cut": (cut, "bytes instead of"), "mi
 def test_damage_is_refused_by_name(model: Path, copy: Path, damage: str, name: str) -> None:
     act, text = DAMAGE[damage]
     act(copy / "iter_0000003" / name)
-    for told, _, _ in run_ranks(2, load, model, copy, None, DISTRIBUTED):
+
+    def loads() -> list[tuple[str, int | None]]:
+        return [load(model, copy, iteration, DISTRIBUTED)[:2] for iteration in (None, 2)]
+
+    for (told, _), before in run_ranks(2, loads):
         assert f"iter_0000003/{name} " in told and text in told
         assert told.endswith("; go on from the one before with --resume 2")
-    ((told, iteration, _),) = run_ranks(1, load, model, copy, 2, DISTRIBUTED)
-    assert (told, iteration) == ("", 2)
+        assert before == ("", 2)
 
 
 def test_an_incomplete_checkpoint_is_refused(model: Path, copy: Path) -> None:

@@ -211,6 +211,13 @@ def killed_at(model: Path, samples: list[Sample], folder: Path, call: int) -> li
     return [calls]  # type: ignore[list-item]
 
 
+def go_on_after(model: Path, samples: list[Sample], folder: Path) -> Any:
+    """What is loaded after a kill, and the names in the folder after three more saves."""
+    loaded = load(model, folder)
+    save_three(model, samples, folder, {})
+    return *loaded, sorted(path.name for path in folder.iterdir())
+
+
 def test_a_kill_at_any_point_leaves_the_last_checkpoint(model: Path, samples: list[Sample], tmp_path: Path) -> None:
     ((calls,),) = run_ranks(1, killed_at, model, samples, tmp_path / "whole" / "checkpoints", 0)
     assert calls > 8
@@ -224,12 +231,10 @@ def test_a_kill_at_any_point_leaves_the_last_checkpoint(model: Path, samples: li
 
         with pytest.raises(EOFError):
             run()
-        ((told, iteration, state),) = run_ranks(1, load, model, folder)
+        ((told, iteration, state, names),) = run_ranks(1, go_on_after, model, samples, folder)
         assert told == ""
         assert not differences(state, wanted[iteration])
         seen.add(iteration)
-        run_ranks(1, save_three, model, samples, folder, {})
-        names = sorted(path.name for path in folder.iterdir())
         assert names == [*(f"iter_{n:07d}" for n in (1, 2, 3)), "latest_checkpointed_iteration.txt"]
     assert seen == {1, 2}
 

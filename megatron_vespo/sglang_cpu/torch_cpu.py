@@ -38,6 +38,9 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _use_fork, HookType.AFTER)
         # managers/scheduler_components/weight_updater.py:379 synchronises the device module after giving up memory.
         HookRegistry.register("torch.get_device_module", _device_module, HookType.AFTER)
+        # managers/scheduler.py:2034: sleep_on_idle does not hold for the loop of a paused scheduler.
+        paused = "sglang.srt.managers.scheduler.Scheduler._record_scheduler_state_for_paused_engine"
+        HookRegistry.register(paused, _sleep_while_paused, HookType.AFTER)
         if server_args.enable_deterministic_inference:
             from megatron_vespo.sglang_cpu import determinism  # the sampler's modules, which take a second to import
 
@@ -50,6 +53,11 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 def _use_fork(result: Any, *args: Any, **kwargs: Any) -> None:
     multiprocessing.set_start_method("fork", force=True)
+
+
+def _sleep_while_paused(result: Any, scheduler: Any) -> None:
+    """Until the next request, which alone can end a pause: the trainer needs the core."""
+    scheduler.maybe_sleep_on_idle()
 
 
 def _device_module(result: Any, device: Any = None) -> Any:

@@ -269,3 +269,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)
+
+
+def test_a_paused_server_leaves_the_processor_to_others(sglang_server: SGLangServer, control: SGLangControl) -> None:
+    def used() -> float:
+        assert sglang_server.pid is not None
+        times = [process.cpu_times() for process in psutil.Process(sglang_server.pid).children(recursive=True)]
+        return sum(time.user + time.system for time in times)
+
+    control.pause_generation()
+    before = used()
+    time.sleep(2.0)  # a poll without pause would take all of it
+    after = used()
+    control.continue_generation()
+    assert after - before < 0.3 and control.health()

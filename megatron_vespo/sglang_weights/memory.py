@@ -1,24 +1,22 @@
 """Memory of a device that two processes read and write: a trainer rank's, and that of SGLang's worker beside it.
 
-On a GPU it is CUDA's own way of sharing (IPC), on the CPU a file in memory. Neither Megatron nor SGLang is imported
-here; no tensor is pickled.
+On a GPU it is CUDA's own way of sharing (IPC), on the CPU a file in memory that has no name: the kernel frees it with
+the last process that has it open, however that ends. Neither Megatron nor SGLang is imported here, and no tensor is
+pickled.
 """
 
 from __future__ import annotations
 
 import base64
+import os
 import socket
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 Handle = list[Any]
 """What another process on the device opens the memory by; JSON. On a GPU each handle is good for one opening."""
-
-_MEMORY_FILES = Path("/dev/shm")
 
 
 def device_key(device: torch.device) -> str:
@@ -35,25 +33,29 @@ class SharedBuffer:
     """A flat uint8 tensor on a device, whose memory others on the device can open."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._file: Path | None = None
+        self._file: int | None = None
         if device.type == "cuda":
             self.flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
         else:
-            self._file = _MEMORY_FILES / f"megatron_vespo_{uuid.uuid4().hex}"
-            self._file.touch(0o600)
-            self.flat = torch.from_file(str(self._file), shared=True, size=nbytes, dtype=torch.uint8)
+            self._file = os.memfd_create("megatron_vespo")
+            self.flat = torch.from_file(self._path(), shared=True, size=nbytes, dtype=torch.uint8)
 
     def handle(self) -> Handle:
         """For one opening. Everything written before is seen, once the device has been synchronised."""
         if self._file is not None:
-            return [str(self._file), self.flat.numel()]
+            return [self._path(), self.flat.numel()]
         return [_text(part) for part in self.flat.untyped_storage()._share_cuda_()]
 
     def close(self) -> None:
         """Free the memory. Whoever has it open must have closed it."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
         self.flat = torch.empty(0, dtype=torch.uint8)
+
+    def _path(self) -> str:
+        """How other processes of this user open the file."""
+        return f"/proc/{os.getpid()}/fd/{self._file}"
 
 
 def open_shared(handles: Mapping[str, Handle], device: torch.device) -> torch.Tensor:

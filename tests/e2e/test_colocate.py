@@ -58,10 +58,6 @@ def assert_same_preflight(shared: Path, own: Path) -> None:
     assert json.loads((shared / "preflight.json").read_text()) == json.loads((own / "preflight.json").read_text())
 
 
-def shared_memory() -> set[Path]:
-    return set(Path("/dev/shm").glob("megatron_vespo_*"))
-
-
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE
     while not condition():
@@ -78,7 +74,6 @@ def test_the_run_is_that_on_devices_of_their_own(server: SGLangServer, tmp_path:
     own, shared = (tmp_path / name / "runs" / "run" for name in ("own", "shared"))
     assert_same_run(shared, own)
     assert_same_preflight(shared, own)
-    assert not shared_memory(), "shared memory is freed"
 
 
 def test_a_killed_run_goes_on_and_its_killed_server_comes_back(server: SGLangServer, tmp_path: Path) -> None:
@@ -92,7 +87,7 @@ def test_a_killed_run_goes_on_and_its_killed_server_comes_back(server: SGLangSer
     broken = configure(server, tmp_path / "broken", 2, shared=True)
     run_and_kill(broken, overrides, run / "metrics.jsonl", killed_after)
     assert_same_preflight(run, own)
-    model, left_by_the_killed = tmp_path / "broken" / "model", shared_memory()
+    model = tmp_path / "broken" / "model"
     wait_for(lambda: not processes_of(model))  # the server of the killed, which dies with them
 
     def kill_server() -> None:
@@ -112,5 +107,4 @@ def test_a_killed_run_goes_on_and_its_killed_server_comes_back(server: SGLangSer
     assert sum(step.get("perf/server_losses", 0.0) for step in read_metrics(run / "metrics.jsonl").values) == 1
     assert trained(tmp_path / "broken") == list(range(steps * 4))
     assert_same_run(run, own)
-    assert shared_memory() <= left_by_the_killed, "shared memory is freed"
     assert not processes_of(model)

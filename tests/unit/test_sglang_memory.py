@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,19 @@ def test_what_one_writes_the_other_reads_and_cannot_change() -> None:
     seen += 1
     assert torch.equal(buffer.flat, torch.arange(100, dtype=torch.uint8))
     path = Path(buffer.handle()[0])
-    assert path.stat().st_mode & 0o077 == 0, "of nobody else"
+    assert path.readlink().name.startswith("memfd:megatron_vespo"), "it has no name that could outlive its processes"
+    assert path.parent.stat().st_mode & 0o077 == 0, "of nobody else"
     buffer.close()
     assert not path.exists()
+
+
+def test_another_process_reads_it() -> None:
+    buffer = SharedBuffer(3, CPU)
+    buffer.flat.copy_(torch.tensor([7, 8, 9]))
+    path, size = buffer.handle()
+    read = [sys.executable, "-c", "import sys; print(list(open(sys.argv[1], 'rb').read()))", path]
+    assert subprocess.run(read, capture_output=True, text=True).stdout == "[7, 8, 9]\n" and size == 3
+    buffer.close()
 
 
 def test_a_device_that_no_rank_shares_is_named() -> None:

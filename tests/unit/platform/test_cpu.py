@@ -102,7 +102,6 @@ def test_installing_after_megatron_was_imported_is_an_error() -> None:
 def test_nothing_changes_where_cuda_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delitem(sys.modules, "megatron.core")  # as before the first import of it
-    monkeypatch.setattr(platform.megatron, "import_without_trackers", lambda: None)
     before = list(sys.meta_path), torch.Tensor.type, torch.Tensor.cuda
     platform.prepare()
     assert (list(sys.meta_path), torch.Tensor.type, torch.Tensor.cuda) == before

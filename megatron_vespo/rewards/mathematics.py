@@ -1,14 +1,15 @@
 r"""Mathematical answers, compared by value with the library math-verify (https://github.com/huggingface/Math-Verify).
 
 math-verify reads LaTeX and plain expressions, and SymPy decides whether two are equal: ``\frac{1}{2}`` is 0.5, sets
-have no order, ``5\text{ cm}`` is 5, an open interval is not the closed one. SymPy may think for ever; math-verify then
-stops it by a signal. What ignores signals is killed with its worker after ``reward.timeout``. Either way the sample is
-not scored.
+have no order, ``5\text{ cm}`` is 5, an open interval is not the closed one. SymPy may think for ever; a signal then
+stops it. What no signal stops is killed with its worker after ``reward.timeout``. Either way the sample is not scored.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
+from collections.abc import Callable
 from typing import Any, Literal
 
 import math_verify
@@ -22,6 +23,8 @@ from megatron_vespo.types import Sample
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)
 
+# Seconds after which an alarm is raised again.
+_AGAIN = 1.0
 _FORMS = (math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig())
 
 
@@ -61,13 +64,40 @@ def math_answer(sample: Sample, answer: Literal["anywhere", "boxed"] = "anywhere
 
 def _parse(text: str, seconds: int) -> list[Any]:
     try:
-        return math_verify.parse(text, _FORMS, parsing_timeout=seconds, raise_on_error=True)
+        return _within(seconds, lambda: math_verify.parse(text, _FORMS, parsing_timeout=0, raise_on_error=True))
     except Exception:  # noqa: BLE001 - SymPy raises anything at what is no expression: there is no answer then
         return []
 
 
 def _equal(gold: list[Any], given: list[Any], seconds: int) -> bool:
     try:
-        return math_verify.verify(gold, given, timeout_seconds=seconds, raise_on_error=True)
+        return _within(seconds, lambda: math_verify.verify(gold, given, timeout_seconds=None, raise_on_error=True))
     except Exception:  # noqa: BLE001 - as above: what cannot be compared is not equal
         return False
+
+
+def _within[T](seconds: int, think: Callable[[], T]) -> T:
+    """What ``think`` returns, in the main thread.
+
+    math-verify's own alarm rings once. Where Python happens to be in a callback then, or SymPy in an ``except`` of
+    everything, that is swallowed, and it goes on for ever; so this one rings again.
+
+    Raises:
+        TimeoutException: It takes longer.
+    """
+    thinks = True
+
+    def stop(number: int, frame: object) -> None:
+        if thinks:
+            raise TimeoutException
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
+    try:
+        try:
+            return think()
+        finally:
+            thinks = False
+    finally:  # should the alarm ring in the line before
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,8 +1,11 @@
 import asyncio
+import signal
 import time
 
 import pytest
+from math_verify.errors import TimeoutException
 
+from megatron_vespo.rewards import mathematics
 from megatron_vespo.rewards.failures import RewardCounts, RewardFailure
 from megatron_vespo.rewards.mathematics import math_answer
 from megatron_vespo.rewards.pool import RewardPool
@@ -72,6 +75,24 @@ def test_an_answer_that_takes_too_long_is_a_failure_and_leaves_no_alarm() -> Non
     assert time.monotonic() - begin < 10
     time.sleep(1.2)
     assert math_answer(make(r"\boxed{8.0}", "8")) == 1.0
+
+
+def test_an_alarm_that_is_swallowed_rings_again() -> None:
+    swallowed = []
+
+    def think() -> None:
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException as error:
+                if swallowed:
+                    raise
+                swallowed.append(error)
+
+    with pytest.raises(TimeoutException):
+        mathematics._within(1, think)
+    assert len(swallowed) == 1
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_an_answer_that_no_signal_stops_in_time_is_killed_and_the_next_is_scored() -> None:

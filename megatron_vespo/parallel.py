@@ -18,8 +18,10 @@ from megatron_vespo import platform
 from megatron_vespo.errors import UserError
 from megatron_vespo.megatron_options import DEFAULT_EXPERT_TENSOR_PARALLEL_SIZE
 from megatron_vespo.megatron_options import data_parallel_size as data_parallel_size_of
+from megatron_vespo.platform.megatron import import_without_trackers
 
 platform.prepare()
+import_without_trackers()  # ranks come here before anything else of Megatron
 
 from megatron.core import parallel_state as mpu  # noqa: E402 - after prepare()
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402

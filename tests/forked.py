@@ -26,14 +26,13 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 import megatron_vespo.launch
 import megatron_vespo.training  # noqa: F401 - nor need the programs import these
 
-# What Python starts with. Popen has restored the system's handling of the last two.
+# What Python starts with, unless the signal is ignored by whoever starts it. Popen has restored the last two.
 _HANDLERS = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
-    signal.SIGPIPE: signal.SIG_IGN,
-    signal.SIGXFSZ: signal.SIG_IGN,
 }
+_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def popen(args: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
@@ -51,7 +50,10 @@ def _become(command: Sequence[str], environment: Mapping[str, str]) -> None:
         gc.freeze()  # what this process has besides is not the program's to sweep
         gc.enable()  # Popen had it off
         for number, handler in _HANDLERS.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        for number in _IGNORED:
+            signal.signal(number, signal.SIG_IGN)
         faulthandler.disable()
         logging.getLogger().handlers.clear()  # of pytest
         for number, name in enumerate(("stdin", "stdout", "stderr")):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vespo.platform import cpu, megatron
+from megatron_vespo.platform import cpu
 
 
 def prepare() -> None:
-    """Make this process ready to import from ``megatron.core``. Nothing of it is changed on a machine with CUDA."""
-    if not torch.cuda.is_available():
-        cpu.install()
-    megatron.import_without_trackers()
+    """Make this process ready to import ``megatron.core``. Nothing is changed on a machine with CUDA."""
+    if torch.cuda.is_available():
+        return
+    cpu.install()
 
 
 def device() -> torch.device:

@@ -2,7 +2,7 @@
 
 PYTHONPATH=. .venv/bin/python benchmarks/math_rewards.py [--samples 1000] [--hanging 0.05] [--workers 2] [--seconds 2]
 
-Hanging answers are of two kinds. math-verify's own signal stops them after --seconds; where that does not, the pool
+Hanging answers are of two kinds. An alarm stops SymPy after --seconds; where it does not, the pool
 kills their worker after --timeout and starts another. Every sample must come back: a right answer with 1, a wrong one
 with 0, a hanging one as a failure. The last line is the rate.
 """

@@ -6,26 +6,16 @@ import gc
 import multiprocessing
 import os
 import pickle
-import random
-import socket
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_vespo import parallel
+from megatron_vespo.rollout.server import free_port
 
 TIMEOUT = 240
-
-
-def free_port() -> int:
-    """A port below those that the system hands out itself, or another process may have it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 29_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+LOOPBACK = "127.0.0.1"
 
 
 def _child(
@@ -41,7 +31,7 @@ def _child(
 
     gc.freeze()  # what pytest has imported and collected stays: sweeps over it would be most of what a rank does
     torch.set_num_threads(1)
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in env.items()})
     try:
         if megatron is not None:
@@ -68,7 +58,7 @@ def run_ranks(
     With ``initialize=False`` the function joins the job itself. ``timeout`` is in seconds.
     """
     context = multiprocessing.get_context("fork")
-    port = free_port()
+    port = free_port(LOOPBACK)
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()

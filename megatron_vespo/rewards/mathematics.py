@@ -79,8 +79,8 @@ def _equal(gold: list[Any], given: list[Any], seconds: int) -> bool:
 def _within[T](seconds: int, think: Callable[[], T]) -> T:
     """What ``think`` returns, in the main thread.
 
-    math-verify's own alarm rings once. Where Python happens to be in a callback then, or SymPy in an ``except`` of
-    everything, that is swallowed, and it goes on for ever; so this one rings again.
+    math-verify's own alarm rings once, and was seen to be lost, as it is where Python happens to be in a callback then
+    or SymPy in an ``except`` of everything; so this one rings again.
 
     Raises:
         TimeoutException: It takes longer.

@@ -48,9 +48,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
         "moe": make_tiny_qwen3_moe(root / "moe", vocab_size=VOCABULARY),
-        "four layers": make_tiny_qwen3_moe(
-            root / "four", vocab_size=VOCABULARY, num_layers=4
-        ),  # two stages on two ranks
+        # For two stages on each of two ranks.
+        "four layers": make_tiny_qwen3_moe(root / "four", vocab_size=VOCABULARY, num_layers=4),
         "tied": make_tiny_qwen3(root / "tied", vocab_size=VOCABULARY, num_layers=4, tie_word_embeddings=True),
         # Half of the layers are dense, so that the first pipeline stage has no experts; routers have a bias.
         "sigmoid": make_tiny_sigmoid_moe(

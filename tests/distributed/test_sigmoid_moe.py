@@ -159,13 +159,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", TRAINED_LAYOUTS)
 def test_every_layout_trains_as_one_rank(trained: dict[str, Trained], family: str, layout: str) -> None:
-    """Each family with one of the optimizers: they see parameters alone, and meet every layout in test_layouts."""
     size, _, megatron = TRAINING_LAYOUTS[layout]
     model = trained[family]
-    options = megatron | {"use_distributed_optimizer": family == "deepseek_v3"}
-    ranks = run_ranks(size, train, model.folder, model.samples, options, CASES, **megatron)
-    for rank, outcomes in enumerate(ranks):
-        assert_same(outcomes[CASES[0]], model.outcomes[CASES[0]], weights=rank == 0)
+    for distributed in (False, True):
+        options = megatron | {"use_distributed_optimizer": distributed}
+        ranks = run_ranks(size, train, model.folder, model.samples, options, CASES, **megatron)
+        for rank, outcomes in enumerate(ranks):
+            assert_same(outcomes[CASES[0]], model.outcomes[CASES[0]], weights=rank == 0)
 
 
 @pytest.mark.parametrize("layout", ["PP2", "EP2"])

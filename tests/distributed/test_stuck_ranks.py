@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vespo.rollout.server import free_port
 from tests.forked import popen
-from tests.ranks import free_port
 
 TIMEOUT = 2.0
 
@@ -81,7 +81,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
     with ExitStack() as stack:
         started = {}
         for name, (how, culprit, size) in JOBS.items():
-            folder, port = tmp_path_factory.mktemp("job"), str(free_port())
+            folder, port = tmp_path_factory.mktemp("job"), str(free_port("127.0.0.1"))
             started[name] = Job(folder, culprit, [])
             for rank in range(size):
                 place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}

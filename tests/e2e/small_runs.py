@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,16 @@ def run_main_on_ranks(size: int, path: Path, overrides: list[str]) -> list[int]:
     return run_ranks(size, run_main, path, overrides, initialize=False)
 
 
+def wait_for(condition: Callable[[], object], seconds: float = DEADLINE, failure: str = "waited in vain") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.05)
+
+
 def after_step(metrics: Path, step: int) -> None:
     """Wait until this step is written down."""
-    deadline = time.monotonic() + DEADLINE
-    while not metrics.is_file() or f'"step": {step},' not in metrics.read_text():
-        assert time.monotonic() < deadline, f"step {step} never came"
-        time.sleep(0.05)
+    wait_for(lambda: metrics.is_file() and f'"step": {step},' in metrics.read_text(), failure=f"step {step} never came")
 
 
 def signal_ranks(number: signal.Signals) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.server import SGLangServer
-from tests.e2e.small_runs import DEADLINE, after_step, make_tree, run_and_kill, run_main_on_ranks, write_config
+from tests.e2e.small_runs import after_step, make_tree, run_and_kill, run_main_on_ranks, wait_for, write_config
 from tests.e2e.test_resume import metrics
 from tests.e2e.test_server_faults import processes_of, trained
 from tests.weights import assert_bits_equal, read_weights
@@ -56,13 +56,6 @@ def assert_same_run(shared: Path, own: Path) -> None:
 
 def assert_same_preflight(shared: Path, own: Path) -> None:
     assert json.loads((shared / "preflight.json").read_text()) == json.loads((own / "preflight.json").read_text())
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_the_run_is_that_on_devices_of_their_own(server: SGLangServer, tmp_path: Path) -> None:

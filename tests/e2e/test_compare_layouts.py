@@ -26,7 +26,6 @@ from tests.e2e.broken_ranks import keep_norm_gradients_apart, keep_replicas_out_
 from tests.policies import off_policy_samples
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny_qwen3_moe
-from tools.compare_layouts import main
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 50  # no multiple of 16, to which it is padded
@@ -142,16 +141,19 @@ def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_line(case: Case, tmp_path: Path) -> None:
-    """A layout that cannot run, of two layers in four stages: a file, the reason, and a status that says so."""
-    path = tmp_path / "table.json"
-    inputs = ["--batch", str(case.batch), "--config", str(case.config), "--json", str(path)]
-    result = tool(*inputs, "--layouts", "VPP2 PP2", "training.max_tokens_per_microbatch=40")
+    """A layout that agrees and one that cannot run: a table, files, and a status that says so."""
+    files = {name: tmp_path / f"table.{name}" for name in ("json", "markdown")}
+    outputs = [argument for name, path in files.items() for argument in (f"--{name}", str(path))]
+    inputs = ["--batch", str(case.batch), "--config", str(case.config)]
+    result = tool(*inputs, *outputs, "--layouts", "1", "TP3", "training.max_tokens_per_microbatch=40")
     assert result.returncode == 1, result.stderr
-    tree = json.loads(path.read_text())
-    (row,) = tree["layouts"]
-    assert row["layout"] == "pp2-vpp2" and row["ranks"] == 2 and not tree["agrees"]
-    assert "error: " in row["error"] or "Error" in row["error"]
-    assert f"pp2-vpp2: {row['error']}" in result.stdout
+    tree = json.loads(files["json"].read_text())
+    assert [row["layout"] for row in tree["layouts"]] == ["1", "tp3"]
+    good, bad = tree["layouts"]
+    assert good["off"] == [] and not good["error"] and not tree["agrees"]
+    assert "error: " in bad["error"] or "Error" in bad["error"]
+    assert f"tp3: {bad['error']}" in result.stdout
+    assert "| 1 | 1 | " in files["markdown"].read_text()
 
 
 @pytest.mark.parametrize(
@@ -165,20 +167,11 @@ def test_the_command_line(case: Case, tmp_path: Path) -> None:
         (["--logs", "tools"], "tools is not empty"),
     ],
 )
-def test_bad_input_is_one_clear_error(
-    case: Case,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(ROOT)
-    command = ["compare_layouts.py", "--batch", str(case.batch), "--config", str(case.config), *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    assert main() == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
-    assert len(error.splitlines()) == 1
+def test_bad_input_is_one_clear_error(case: Case, arguments: list[str], message: str) -> None:
+    result = tool("--batch", str(case.batch), "--config", str(case.config), *arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and message in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_example(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from megatron_vespo.rollout.server import SGLangServer
 from megatron_vespo.rollout.service import RolloutService
 from megatron_vespo.types import Sample
 from tests.e2e.conftest import VOCAB_SIZE
+from tests.e2e.small_runs import wait_for
 from tests.tiny_models import make_tiny_qwen3_moe
 
 
@@ -247,9 +248,9 @@ def test_a_killed_owner_leaves_no_orphan(owner: subprocess.Popen[str], ready: bo
         assert len(running_in(session)) >= 4  # guard, main process, scheduler, detokenizer
     else:
         # While the children import and have not yet asked to die with their parent.
-        wait_until(lambda: len(running_in(session)) >= 4, seconds=60)
+        wait_for(lambda: len(running_in(session)) >= 4, seconds=60)
     os.kill(owner.pid, signal.SIGKILL)
-    wait_until(lambda: not running_in(session), seconds=10)
+    wait_for(lambda: not running_in(session), seconds=10)
 
 
 def running_in(session: int) -> list[int]:
@@ -262,13 +263,6 @@ def running_in(session: int) -> list[int]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 def test_a_paused_server_leaves_the_processor_to_others(sglang_server: SGLangServer, control: SGLangControl) -> None:

@@ -26,7 +26,7 @@ from megatron_vespo.rollout.client import SGLangClient
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.fleet import Fleet, State
 from megatron_vespo.rollout.protocol import UNPUSHED
-from megatron_vespo.rollout.server import SGLangServer
+from megatron_vespo.rollout.server import SGLangServer, free_port
 from megatron_vespo.weight_sync.broadcast import BroadcastTransport
 from megatron_vespo.weight_sync.servers import Servers
 from megatron_vespo.weight_sync.sync import WeightSync
@@ -37,10 +37,11 @@ from tests.e2e.small_runs import (
     make_tree,
     run_main_on_ranks,
     signal_ranks,
+    wait_for,
     write_config,
 )
 from tests.policies import load_model
-from tests.ranks import free_port, run_ranks
+from tests.ranks import LOOPBACK, run_ranks
 
 
 def processes_of(model: Path) -> list[psutil.Process]:
@@ -90,11 +91,8 @@ def losses(records: Records) -> float:
 
 def after_loss(metrics: Path) -> int:
     """Wait until a step writes down that a server was lost, perhaps once it was started again; that step."""
-    deadline = time.monotonic() + 2 * DEADLINE
-    while not losses(records := read_metrics(metrics)):
-        assert time.monotonic() < deadline, "no server was lost"
-        time.sleep(0.05)
-    return records.steps[-1]
+    wait_for(lambda: losses(read_metrics(metrics)), 2 * DEADLINE, "no server was lost")
+    return read_metrics(metrics).steps[-1]
 
 
 def trained(folder: Path) -> list[int]:
@@ -223,7 +221,7 @@ Router.from_args(RouterArgs(**addresses, prometheus_port=int(metrics_port), work
 @pytest.fixture
 def router(sglang_server: SGLangServer, tmp_path: Path) -> Iterator[str]:
     """A real sglang-router before the session's server."""
-    port, metrics_port = free_port(), free_port()
+    port, metrics_port = free_port(LOOPBACK), free_port(LOOPBACK)
     command = [sys.executable, "-c", ROUTER, str(port), str(metrics_port), sglang_server.url]
     url = f"http://127.0.0.1:{port}"
     with (tmp_path / "router.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:

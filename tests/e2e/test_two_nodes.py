@@ -17,9 +17,10 @@ from megatron_vespo.metrics.records import read_metrics
 from megatron_vespo.rollout.batches import list_batches, load_batch
 from megatron_vespo.rollout.control import SGLangControl
 from megatron_vespo.rollout.protocol import UNPUSHED, ServerError
+from megatron_vespo.rollout.server import free_port
 from tests.e2e.small_runs import REWARDS
 from tests.e2e.test_launch import assert_no_process_mentions, make_config
-from tests.ranks import free_port
+from tests.ranks import LOOPBACK
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 240.0
@@ -28,7 +29,7 @@ DEADLINE = 240.0
 @contextmanager
 def torchrun(config: Path, *overrides: str) -> Iterator[list[subprocess.Popen[str]]]:
     """The agents of both nodes, one rank each. They meet at 127.0.0.1, so their servers are reached there, too."""
-    port = free_port()
+    port = free_port(LOOPBACK)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     agents = []
     for number in (0, 1):

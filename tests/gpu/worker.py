@@ -14,7 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.ranks import TIMEOUT, free_port
+from megatron_vespo.rollout.server import free_port
+from tests.ranks import LOOPBACK, TIMEOUT
 
 
 class Worker:
@@ -23,7 +24,7 @@ class Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive the fork that other tests use
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, free_port()), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, free_port(LOOPBACK)), daemon=True)
         self._process.start()
         theirs.close()
 

@@ -19,8 +19,8 @@ from megatron_vespo.rollout.dispatch import Dispatcher, LoadMeter
 from megatron_vespo.rollout.fleet import Fleet, State
 from megatron_vespo.rollout.protocol import Generation, ServerError, ServerInfo
 from megatron_vespo.rollout.sampling import SamplingParams
+from megatron_vespo.rollout.server import free_port
 from megatron_vespo.rollout.watch import Watch
-from tests.ranks import free_port
 
 
 def open_member(url: str) -> tuple[SGLangControl, SGLangClient]:
@@ -356,7 +356,7 @@ def test_who_missed_a_push_waits_for_the_next() -> None:
 
 
 def test_a_push_without_any_server_names_them() -> None:
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     fleet = Fleet(lambda: [url], open_member, patience=0.2)
     with pytest.raises(UserError, match=f"no server answers since 0.2 s: {url}: .*gone or unreachable"):
         fleet.begin_push()
